@@ -1,0 +1,189 @@
+"""Train Patch AE on the normal images of one or more categories. Never opens test/.
+
+    python train.py --demo
+    python train.py --data ROOT --category NAME [NAME ...]
+
+Reads ROOT/NAME/train/good; writes OUT/NAME/checkpoint.pt, train.csv and defects.png.
+"""
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict, fields
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import patchae
+from data import make_toy
+from patchae import Config, UserError, seeded
+
+PREVIEWS = 6        # our choice: rows of defects.png, as many as a screen shows
+START_PLACES = 256  # our choice: vectors of each image that preserve_distances looks at
+DEMO = {"data": make_toy.ROOT, "category": [make_toy.CATEGORY],  # our choice: needs no download
+        "backbone": "resnet18", "weights": "random"}
+
+
+def parse(argv):
+    """The command line: args, and the Config that its options make."""
+    parser = patchae.Parser(__doc__)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw defects (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind = {"type": int, "nargs": "+"} if f.type is tuple else kind
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
+                            help=f"{f.metadata['help']} (default: {f.default})")
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if not 0 <= args.workers <= patchae.MOST_WORKERS:
+        raise UserError(f"--workers {args.workers}: must be from 0 to {patchae.MOST_WORKERS}")
+    args.layers = tuple(sorted(set(args.layers)))
+    return args, patchae.check(Config(**{f.name: getattr(args, f.name) for f in fields(Config)}))
+
+
+class DefectedImages(Dataset):
+    """(epoch, i) → normal image i with artificial defects, and their mask.
+
+    Each draw has its own seed, so that it is the same whichever worker process makes it.
+    """
+
+    def __init__(self, images, config):
+        self.images, self.config = images, config  # (N, 3, H, W) uint8
+
+    def __getitem__(self, key):
+        epoch, i = key
+        rng = seeded(self.config.seed, epoch, i)
+        other = patchae.integer(0, len(self.images) - 1, rng)
+        image, other = self.images[i] / 255, self.images[other] / 255
+        if not self.config.defects:
+            return image, torch.zeros_like(image[:1], dtype=torch.bool)
+        return patchae.add_defects(image, other, rng)
+
+
+def batch_keys(config, count, first_epoch):
+    """Lists of (epoch, i): every epoch all images, in an order drawn for that epoch."""
+    for epoch in range(first_epoch, config.epochs):
+        order = torch.randperm(count, generator=seeded(config.seed, epoch)).tolist()
+        for start in range(0, count, config.batch_size):
+            yield [(epoch, i) for i in order[start:start + config.batch_size]]
+
+
+def start(model, images):
+    """Set what depends on the training images: batch statistics and the start of the encoder."""
+    config, device = model.config, next(model.parameters()).device
+    batches = [batch.to(device) for batch in images.split(config.batch_size)]
+    if config.weights == "random":
+        patchae.calibrate_batch_norm(model.backbone, (batch / 255 for batch in batches))
+    if config.encoder_start == "preserve":
+        rng = seeded(config.seed, "start")
+        places = torch.randperm(model.grid**2, generator=rng)[:START_PLACES].to(device)
+        sample = [model.features(batch / 255).flatten(2)[:, :, places] for batch in batches]
+        patchae.preserve_distances(model.encoder, torch.cat(sample).transpose(1, 2).flatten(0, 1))
+
+
+def make_optimizer(model):
+    """Adam with a learning rate for the decoder, the encoder and a fine-tuned backbone each."""
+    config = model.config
+    groups = [(model.decoder, config.lr), (model.encoder, config.encoder_lr)]
+    if config.finetune_backbone:
+        groups.append((model.backbone, config.backbone_lr))
+    return torch.optim.Adam([{"params": list(part.parameters()), "lr": lr, "full_lr": lr}
+                             for part, lr in groups])
+
+
+def train_epoch(model, optimizer, batches, epoch, steps):
+    """One pass over the normal images; returns the mean loss (E3) per image."""
+    config, device = model.config, next(model.parameters()).device
+    total, count = 0.0, 0
+    for step in range(steps):
+        image, _ = next(batches)
+        done = (epoch * steps + step) / (config.epochs * steps)
+        for group in optimizer.param_groups:  # cosine: from the full rate to nearly none
+            group["lr"] = group["full_lr"] * (1 + math.cos(math.pi * done)) / 2
+        loss = patchae.training_loss(model, image.to(device), seeded(config.seed, epoch, step, "part"))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total, count = total + loss.item() * len(image), count + len(image)
+    return total / count
+
+
+@torch.no_grad()
+def write_preview(path, model, images):
+    """Rows of normal image, the same with artificial defects, its mask, its reconstruction."""
+    device = next(model.parameters()).device
+    dataset, rows = DefectedImages(images, model.config), []
+    for i in range(min(PREVIEWS, len(images))):
+        image, mask = dataset[model.config.epochs, i]
+        rebuilt = patchae.unpatchify(model(image[None].to(device))[1], model.p)[0].cpu()
+        row = (images[i] / 255, image, mask.expand_as(image), patchae.denormalise(rebuilt))
+        rows.append([patchae.picture(cell) for cell in row])
+    titles = ["normal image", "with artificial defects", "their mask", "rebuilt from R"]
+    patchae.write_picture(path, patchae.picture_grid(rows, titles))
+
+
+def train_category(root, name, args, config, device):
+    """Train on ROOT/NAME/train/good and write the results to OUT/NAME."""
+    folder = args.out / name
+    unfinished, finished = folder / "unfinished.pt", folder / "checkpoint.pt"
+    log, first_epoch = [], 0
+    if args.resume and not unfinished.exists() and finished.exists():
+        if patchae.load_checkpoint(finished)["config"] == config:
+            print(f"{name}: {finished} is complete, nothing to resume")
+            return
+    model, fingerprint = patchae.build_model(config)
+    model.to(device)
+    paths = patchae.list_images(root / name / "train" / "good")
+    images = torch.cat(list(patchae.read_batches(paths, model, f"{name}: reading")))  # (N, 3, H, W)
+    optimizer, steps = make_optimizer(model), math.ceil(len(images) / config.batch_size)
+    if args.resume and unfinished.exists():
+        previous = patchae.load_checkpoint(unfinished)
+        if previous["config"] != config or previous["images"] != len(images):
+            raise UserError(f"{unfinished}: made with other options or images; leave out --resume")
+        patchae.load_tensors(model, patchae.checkpoint_names(model), previous["tensors"], unfinished,
+                             "leave out --resume")
+        optimizer.load_state_dict(previous["optimizer"])
+        log, first_epoch = previous["log"], len(previous["log"])
+        print(f"{name}: resuming after epoch {first_epoch}")
+    else:
+        start(model, images)
+    facts = {"category": name, "data": str(root.resolve()), "fingerprint": fingerprint, "images": len(images)}
+    header = ["epoch", "loss", "images_per_second"]
+    patchae.write_csv(folder / "train.csv", header, log)  # a folder that cannot be written fails now
+    keys = list(batch_keys(config, len(images), first_epoch))
+    batches = iter(DataLoader(DefectedImages(images, config), batch_sampler=keys, num_workers=args.workers))
+    begin = time.monotonic()
+    for epoch in range(first_epoch, config.epochs):
+        epoch_begin = time.monotonic()
+        loss = train_epoch(model, optimizer, batches, epoch, steps)
+        now = time.monotonic()
+        speed = len(images) / (now - epoch_begin)
+        left = (now - begin) / (epoch + 1 - first_epoch) * (config.epochs - epoch - 1)
+        print(f"{name}: epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} images/s  "
+              f"{left:.0f} s left", flush=True)
+        log.append([epoch + 1, loss, round(speed, 2)])
+        patchae.write_csv(folder / "train.csv", header, log)
+        patchae.save_checkpoint(unfinished, model, **facts, optimizer=optimizer.state_dict(), log=log)
+    write_preview(folder / "defects.png", model, images)
+    patchae.save_checkpoint(finished, model, **facts)
+    unfinished.unlink(missing_ok=True)
+    print(f"{name}: wrote {finished}")
+
+
+@patchae.script
+def main(argv=None):
+    """Returns the exit code: 0, or 2 where the input was at fault."""
+    args, config = parse(argv)
+    device = patchae.choose_device(args.device)
+    if args.demo:
+        print(f"demo: --data {args.data} --category {args.category[0]} --backbone {config.backbone} "
+              f"--weights {config.weights} --seed {config.seed}, all else as always")
+        make_toy.draw_if_absent(args.data)
+    names = patchae.choose_categories(args.data, args.category)
+    return patchae.each_category(names, lambda name: train_category(args.data, name, args, config, device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
