@@ -114,11 +114,11 @@ def find_threshold(paths, model, memory, args, folder):
     return threshold
 
 
-def prepare(root, name, args, device):
+def prepare(name, args, device):
     """The model, the memory (None for reconstruction) and the threshold of a category."""
     path = args.out / name / "checkpoint.pt"
     model = patchae.restore(patchae.load_checkpoint(path), path, args.weights).to(device).eval()
-    paths, memory = patchae.list_images(root / name / "train" / "good")[:args.memory_images], None
+    paths, memory = patchae.list_images(args.data / name / "train" / "good")[:args.memory_images], None
     if args.score != "reconstruction":
         batches = batches_of(paths, model, f"{name}: memory")
         memory = patchae.build_memory(model, batches, len(paths), args.score, args.memory_fraction)
@@ -260,17 +260,17 @@ def heatmap_name(path, root):
     return name if path.suffix == ".png" else name + ".png"
 
 
-def evaluate_category(root, name, args, device):
-    """Score ROOT/NAME/test, write tables and pictures; returns the row for results.csv."""
-    folder, samples = args.out / name, list_test(root / name)
-    model, memory, threshold = prepare(root, name, args, device)
+def evaluate_category(name, args, device):
+    """Score DATA/NAME/test, write tables and pictures; returns the row for results.csv."""
+    folder, samples = args.out / name, list_test(args.data / name)
+    model, memory, threshold = prepare(name, args, device)
     paths, begin = [path for path, _, _ in samples], time.monotonic()
     maps = score_images(paths, model, memory, args, f"{name}: scoring")
     seconds = (time.monotonic() - begin) / len(paths)
     scores = patchae.image_score(maps).tolist()
     labels = [kind != "good" for _, kind, _ in samples]
     patchae.write_csv(folder / "scores.csv", ["path", "label", "score"],
-                      [(path.relative_to(root), kind, score)
+                      [(path.relative_to(args.data), kind, score)
                        for (path, kind, _), score in zip(samples, scores)])
     size = model.config.image_size
     image, pixel = auroc(labels, scores), pixel_auroc(samples, maps, size)
@@ -281,7 +281,7 @@ def evaluate_category(root, name, args, device):
         print(f"{name}: above the threshold {above[0]} of {len(labels) - sum(labels)} good and "
               f"{above[1]} of {sum(labels)} defective images")
     scale = threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
-    write_heatmaps(folder / "heatmaps", [(heatmap_name(path, root / name / "test"), path, anomaly_map)
+    write_heatmaps(folder / "heatmaps", [(heatmap_name(path, args.data / name / "test"), path, anomaly_map)
                                          for path, anomaly_map in zip(paths, maps)], scale)
     write_histogram(folder / "histogram.png", scores, labels, threshold)
     kinds = [kind for _, kind, _ in samples]
@@ -298,11 +298,11 @@ def evaluate_category(root, name, args, device):
     return [name, args.score, image, pixel, seconds, config.seed, config.backbone, Path(config.weights).name]
 
 
-def predict_category(root, name, args, device):
+def predict_category(name, args, device):
     """Score the images of --predict; write predictions.csv, .png and a heatmap for each image."""
     folder, path = args.out / name, args.predict
     paths = [path] if path.is_file() else patchae.list_images(path)
-    model, memory, threshold = prepare(root, name, args, device)
+    model, memory, threshold = prepare(name, args, device)
     maps = score_images(paths, model, memory, args, f"{name}: scoring")
     scores = patchae.image_score(maps).tolist()
     ranked = sorted(range(len(paths)), key=lambda i: -scores[i])
@@ -321,21 +321,23 @@ def predict_category(root, name, args, device):
 
 
 def update_results(path, rows):
-    """Replace the rows of the same category and score in results.csv; end with the mean per score."""
+    """Replace the rows of the same category and score in results.csv; end with the mean per score.
+
+    A metric that is undefined is nan, and no part of the mean.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError, csv.Error):
-        kept = []  # absent or not ours
+            kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file) if row["category"] != "mean"]
+        kept = [[*row[:2], *map(float, row[2:5]), *row[5:]] for row in kept]
+    except (OSError, LookupError, ValueError, TypeError, csv.Error):
+        kept = []  # absent, or not one of ours
     new = {(row[0], row[1]) for row in rows}
-    table = [row for row in kept if row[0] != "mean" and (row[0], row[1]) not in new] + rows
-    means = []
+    table, means = [row for row in kept if (row[0], row[1]) not in new] + rows, []
     for kind in dict.fromkeys(row[1] for row in table):
-        part = [row for row in table if row[1] == kind]
-        numbers = [[float(row[column]) for row in part] for column in (2, 3, 4)]
-        values = [np.nanmean(v) if not np.isnan(v).all() else math.nan for v in numbers]
-        same = [part[0][c] if len({str(row[c]) for row in part}) == 1 else "several" for c in (5, 6, 7)]
-        means.append(["mean", kind, *values, *same])
+        columns = list(zip(*(row for row in table if row[1] == kind)))
+        known = [[value for value in column if not math.isnan(value)] for column in columns[2:5]]
+        facts = [column[0] if len(set(map(str, column))) == 1 else "several" for column in columns[5:]]
+        means.append(["mean", kind, *(sum(v) / len(v) if v else math.nan for v in known), *facts])
     patchae.write_csv(path, RESULTS, table + means)
     return means
 
@@ -358,8 +360,8 @@ def main(argv=None):
     device = patchae.choose_device(args.device)
     names = patchae.choose_categories(args.data, args.category)
     if args.predict:
-        return patchae.each_category(names, lambda name: predict_category(args.data, name, args, device))
-    code = patchae.each_category(names, lambda name: rows.append(evaluate_category(args.data, name, args, device)))
+        return patchae.each_category(names, lambda name: predict_category(name, args, device))
+    code = patchae.each_category(names, lambda name: rows.append(evaluate_category(name, args, device)))
     if rows:
         means = update_results(args.out / "results.csv", rows)
         print_table(rows + [mean for mean in means if mean[1] == args.score])

@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,9 +19,11 @@ from data import make_toy
 from patchae import Config, UserError, seeded
 
 PREVIEWS = 6        # our choice: rows of defects.png, as many as a screen shows
+LOG = ["epoch", "loss", "images_per_second"]
 START_PLACES = 256  # our choice: vectors of each image that preserve_distances looks at
-DEMO = {"data": make_toy.ROOT, "category": [make_toy.CATEGORY],  # our choice: needs no download
-        "backbone": "resnet18", "weights": "random"}
+DEMO = {"data": make_toy.ROOT, "category": [make_toy.CATEGORY],  # our choice: needs no download, and
+        "backbone": "resnet18", "weights": "random",             # random features fade with depth:
+        "layers": (1, 2), "image_size": 128}                     # the early stages, 4-pixel patches
 
 
 def parse(argv):
@@ -124,47 +126,52 @@ def write_preview(path, model, images):
     patchae.write_picture(path, patchae.picture_grid(rows, titles))
 
 
-def train_category(root, name, args, config, device):
-    """Train on ROOT/NAME/train/good and write the results to OUT/NAME."""
+def resume(path, model, optimizer, count):
+    """Fill model and optimizer from an unfinished training; returns its log. UserError."""
+    remedy = "leave out --resume to train anew"
+    content = patchae.load_checkpoint(path)
+    if content["config"] != model.config or content.get("images") != count:
+        raise UserError(f"{path}: made with other options or images; {remedy}")
+    patchae.load_tensors(model, patchae.checkpoint_names(model), content.get("tensors"), path, remedy)
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        return [[int(epoch), float(loss), float(speed)] for epoch, loss, speed in content["log"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its state of training is damaged ({error}); {remedy}") from error
+
+
+def train_category(name, args, config, device):
+    """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
     unfinished, finished = folder / "unfinished.pt", folder / "checkpoint.pt"
-    log, first_epoch = [], 0
-    if args.resume and not unfinished.exists() and finished.exists():
+    resuming = args.resume and unfinished.exists()
+    if args.resume and not resuming and finished.exists():
         if patchae.load_checkpoint(finished)["config"] == config:
             print(f"{name}: {finished} is complete, nothing to resume")
             return
     model, fingerprint = patchae.build_model(config)
     model.to(device)
-    paths = patchae.list_images(root / name / "train" / "good")
+    paths = patchae.list_images(args.data / name / "train" / "good")
     images = torch.cat(list(patchae.read_batches(paths, model, f"{name}: reading")))  # (N, 3, H, W)
-    optimizer, steps = make_optimizer(model), math.ceil(len(images) / config.batch_size)
-    if args.resume and unfinished.exists():
-        previous = patchae.load_checkpoint(unfinished)
-        if previous["config"] != config or previous["images"] != len(images):
-            raise UserError(f"{unfinished}: made with other options or images; leave out --resume")
-        patchae.load_tensors(model, patchae.checkpoint_names(model), previous["tensors"], unfinished,
-                             "leave out --resume")
-        optimizer.load_state_dict(previous["optimizer"])
-        log, first_epoch = previous["log"], len(previous["log"])
-        print(f"{name}: resuming after epoch {first_epoch}")
+    optimizer, facts, log = make_optimizer(model), {"fingerprint": fingerprint, "images": len(images)}, []
+    if resuming:
+        log = resume(unfinished, model, optimizer, len(images))
+        print(f"{name}: resuming after epoch {len(log)}")
     else:
         start(model, images)
-    facts = {"category": name, "data": str(root.resolve()), "fingerprint": fingerprint, "images": len(images)}
-    header = ["epoch", "loss", "images_per_second"]
-    patchae.write_csv(folder / "train.csv", header, log)  # a folder that cannot be written fails now
-    keys = list(batch_keys(config, len(images), first_epoch))
-    batches = iter(DataLoader(DefectedImages(images, config), batch_sampler=keys, num_workers=args.workers))
-    begin = time.monotonic()
-    for epoch in range(first_epoch, config.epochs):
+    patchae.write_csv(folder / "train.csv", LOG, log)  # a folder that cannot be written fails now
+    keys, steps = list(batch_keys(config, len(images), len(log))), math.ceil(len(images) / config.batch_size)
+    loader = DataLoader(DefectedImages(images, config), batch_sampler=keys, num_workers=args.workers)
+    batches, begin, first = iter(loader), time.monotonic(), len(log)
+    for epoch in range(first, config.epochs):
         epoch_begin = time.monotonic()
         loss = train_epoch(model, optimizer, batches, epoch, steps)
         now = time.monotonic()
-        speed = len(images) / (now - epoch_begin)
-        left = (now - begin) / (epoch + 1 - first_epoch) * (config.epochs - epoch - 1)
+        speed, left = len(images) / (now - epoch_begin), (now - begin) / (epoch + 1 - first) * (config.epochs - epoch - 1)
         print(f"{name}: epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} images/s  "
               f"{left:.0f} s left", flush=True)
         log.append([epoch + 1, loss, round(speed, 2)])
-        patchae.write_csv(folder / "train.csv", header, log)
+        patchae.write_csv(folder / "train.csv", LOG, log)
         patchae.save_checkpoint(unfinished, model, **facts, optimizer=optimizer.state_dict(), log=log)
     write_preview(folder / "defects.png", model, images)
     patchae.save_checkpoint(finished, model, **facts)
@@ -178,11 +185,11 @@ def main(argv=None):
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
-        print(f"demo: --data {args.data} --category {args.category[0]} --backbone {config.backbone} "
-              f"--weights {config.weights} --seed {config.seed}, all else as always")
+        print(f"demo: --backbone {config.backbone} --weights {config.weights} --layers "
+              f"{' '.join(map(str, config.layers))} --image-size {config.image_size}, all else as always")
         make_toy.draw_if_absent(args.data)
     names = patchae.choose_categories(args.data, args.category)
-    return patchae.each_category(names, lambda name: train_category(args.data, name, args, config, device))
+    return patchae.each_category(names, lambda name: train_category(name, args, config, device))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ TRAIN, GOOD, PER_DEFECT = 40, 20, 8  # images
 RIM, GROOVE, BORE = 0.44, 0.27, 0.13       # radii of the part, in parts of the image side
 BOLT_CIRCLE, BOLT, BOLTS = 0.355, 0.042, 6
 BACKGROUND = 34                      # grey level
-SHIFT, TURN = 1.5, 1.0               # pixels, degrees: how well the fixture holds the part
+SHIFT, TURN = 0.8, 0.5               # pixels, degrees: how well the fixture holds the part
+STROKE = 3                           # pixels: width of scratches and fibres
 LIGHT, NOISE = 0.04, 2.0             # relative change of light; grey levels of sensor noise
 
 
@@ -97,7 +98,7 @@ def scratch(image, mask, rng):
         start = start + rng.uniform(-5, 5, 2)
         angle, length = turn + rng.normal(0, 0.12), rng.uniform(28, 46)
         end = start + length * np.array([math.cos(angle), math.sin(angle)])
-        draw.line([*start, *end], fill=255, width=2)
+        draw.line([*start, *end], fill=255, width=STROKE)
     return image + blurred(mask, 0.6) * rng.uniform(70, 110)
 
 
@@ -132,7 +133,7 @@ def fibre(image, mask, rng):
         points.append(tuple(point))
         turn, bend = turn + bend, bend + rng.normal(0, 0.03)
         point = point + 2 * np.array([math.cos(turn), math.sin(turn)])
-    ImageDraw.Draw(mask).line(points, fill=255, width=2, joint="curve")
+    ImageDraw.Draw(mask).line(points, fill=255, width=STROKE, joint="curve")
     colour = np.array([[170, 40, 45], [40, 70, 170], [40, 140, 60]])[rng.integers(3)]
     alpha = blurred(mask, 0.6)
     return image * (1 - alpha) + alpha * colour

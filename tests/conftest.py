@@ -1,0 +1,64 @@
+"""What the tests share: a tiny data set, a model trained on it, and a check for errors of one line."""
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+TINY = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64", "--layers", "1", "2",
+        "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+
+
+def draw_dataset(root, name="part", train=6, good=2, bad=2, size=64, suffix=".png"):
+    """A data set in the MVTec AD layout: a bright square on a ramp; defective ones have a hole."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+
+    def save(image, *place):
+        path = root.joinpath(name, *place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+    def part():
+        image = np.stack([60 + x, 60 + y, np.full_like(x, 90)], axis=2).astype(float)
+        image[size // 4:-size // 4, size // 4:-size // 4] += 80
+        return image + rng.normal(0, 2, image.shape)
+
+    for folder, count in (("train", train), ("test", good)):
+        for n in range(count):
+            save(part().clip(0, 255).astype(np.uint8), folder, "good", f"{n:03d}{suffix}")
+    for n in range(bad):
+        hole = np.hypot(x - size * rng.uniform(.4, .6), y - size * rng.uniform(.4, .6)) < size / 9
+        image = part()
+        image[hole] = 5
+        save(image.clip(0, 255).astype(np.uint8), "test", "hole", f"{n:03d}{suffix}")
+        save((hole * 255).astype(np.uint8), "ground_truth", "hole", f"{n:03d}_mask.png")
+
+
+def fails(capsys, main, argv, *words):
+    """main must return 2 and say one line on stderr that holds the words."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with data/part and runs/part/checkpoint.pt; tests copy it before they change it."""
+    workspace = tmp_path_factory.mktemp("trained")
+    draw_dataset(workspace / "data")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.main([*TINY, "--data", str(workspace / "data"), "--category", "part",
+                           "--out", str(workspace / "runs")]) == 0
+    return workspace
