@@ -27,8 +27,10 @@ from data import make_toy
 from patchae import UserError
 
 KINDS = ("feature", "backbone", "reconstruction")
-RESULTS = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed", "backbone", "weights"]
-COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])  # dark to glowing
+RESULTS = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed",
+           "backbone", "weights"]
+# our choice: dark to glowing, evenly brighter, so that grey prints show the same
+COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])
 SCALE = (0.5, 1.5)            # our choice: darkest and brightest, in thresholds
 OPACITY_RISES = (0.9, 1.1)    # our choice: in thresholds
 MOST_OPACITY = 0.8            # our choice: the image shines through
@@ -36,6 +38,7 @@ HISTOGRAM, MARGIN = (640, 240), 24  # pixels
 LARGEST_HEATMAP = 1024  # our choice: pixels of the longer side, so that photographs stay handy
 PER_TYPE = 2            # our choice: columns of each kind in overview.png
 RANKED = 12             # our choice: columns of predictions.png
+NAME_END = 12           # our choice: letters of a file name that fit above a column
 BARS = 40               # our choice: bars of histogram.png
 
 
@@ -48,8 +51,8 @@ def parse(argv):
         help="distance in R (default), in the raw backbone features, or reconstruction error")
     add("--weights", help="where the backbone's weights are now (default: as in training)")
     add("--quantile", type=float, default=0.99, metavar="Q",
-        help="threshold: this quantile of the normal images' scores, each against the memory without\n"
-             "itself (default: 0.99; our choice: about one false alarm in a hundred)")
+        help="the threshold is this quantile of the normal images' scores, each against the\n"
+             "memory without itself (default: 0.99; our choice: a false alarm in a hundred)")
     add("--no-threshold", action="store_true", help="save the time that the threshold takes")
     add("--memory-fraction", type=float, default=1.0, metavar="F",
         help="random part of the memory (default: 1; less is our choice, not the paper's)")
@@ -57,9 +60,10 @@ def parse(argv):
     if parser.parse_args(argv).demo:
         parser.set_defaults(data=make_toy.ROOT, category=[make_toy.CATEGORY])
     args = parser.parse_args(argv)
-    for name, low, value in (("quantile", 0, args.quantile), ("memory-fraction", 0, args.memory_fraction)):
-        if not low < value <= 1:
-            raise UserError(f"--{name} {value}: must be above {low} and at most 1")
+    for name in ("quantile", "memory_fraction"):
+        if not 0 < getattr(args, name) <= 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(args, name)}: must be above 0 and at most 1")
     if args.memory_images is not None and args.memory_images < 1:
         raise UserError(f"--memory-images {args.memory_images}: must be at least 1")
     return args
@@ -106,11 +110,13 @@ def normal_scores(paths, model, memory, args, cache):
 def find_threshold(paths, model, memory, args, folder):
     """The --quantile of the normal images' scores, or NaN where there is none; printed."""
     if args.no_threshold or (memory is not None and len(paths) < 2):
-        print("threshold: undefined (" + ("--no-threshold" if args.no_threshold else "one normal image") + ")")
+        reason = "--no-threshold" if args.no_threshold else "one normal image"
+        print(f"threshold: undefined ({reason})")
         return math.nan
     scores = normal_scores(paths, model, memory, args, folder / f"normal_{args.score}.json")
     threshold = float(np.quantile(scores, args.quantile))
-    print(f"threshold: {threshold:.4f}, the {args.quantile:g} quantile of {len(scores)} normal images' scores")
+    print(f"threshold: {threshold:.4f}, the {args.quantile:g} quantile of the scores of "
+          f"{len(scores)} normal images")
     return threshold
 
 
@@ -131,7 +137,7 @@ def list_test(folder):
     samples = []
     for path in patchae.list_images(folder / "test"):
         if path.parent.parent != folder / "test":
-            raise UserError(f"{path}: expected as {folder / 'test'}/TYPE/{path.name}; move it there")
+            raise UserError(f"{path}: expected in {folder / 'test'}/TYPE; move it there")
         masks = folder / "ground_truth" / path.parent.name
         found = [m for m in sorted(masks.glob("*")) if m.stem in (path.stem, path.stem + "_mask")
                  and m.suffix.lower() in patchae.IMAGE_SUFFIXES]
@@ -179,8 +185,8 @@ def pixel_auroc(samples, maps, size):
 
 
 def upsample(maps, size):
-    """Maps (N, H', W') to a float array (N, *size), bilinear (our choice: smooth and without options)."""
-    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0].numpy()         # (N, *size)
+    """Maps (N, H', W') to a float array (N, *size), bilinear (our choice: smooth, no option)."""
+    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0].numpy()  # (N, *size)
 
 
 # ---- pictures -------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def heat_pictures(path, anomaly_map, scale):
     image.thumbnail((LARGEST_HEATMAP, LARGEST_HEATMAP))
     colour, opacity = heat(anomaly_map, (image.height, image.width), scale)
     overlay = np.asarray(image) * (1 - opacity) + colour * opacity
-    return [image, Image.fromarray(colour.astype(np.uint8)), Image.fromarray(overlay.astype(np.uint8))]
+    return [image, *(Image.fromarray(a.astype(np.uint8)) for a in (colour, overlay))]
 
 
 def write_heatmaps(folder, items, scale):
@@ -218,6 +224,11 @@ def write_heatmaps(folder, items, scale):
         raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
 
 
+def colour_scale(threshold, maps):
+    """What is half-way on the colour scale: the threshold; without one, the largest score ends it."""
+    return threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
+
+
 def write_histogram(path, scores, labels, threshold):
     """Bars of the scores of good (blue) and defective (red) images, with the threshold (black)."""
     picture = Image.new("RGB", HISTOGRAM, "white")
@@ -230,7 +241,8 @@ def write_histogram(path, scores, labels, threshold):
         left, right = (MARGIN + (width - 2 * MARGIN) * (bar + side) / BARS for side in (0, 1))
         floor, middle = height - MARGIN, height - MARGIN - good * unit
         draw.rectangle([left, middle, right - 1, floor], fill="steelblue" if good else None)
-        draw.rectangle([left, middle - bad * unit, right - 1, middle], fill="firebrick" if bad else None)
+        draw.rectangle([left, middle - bad * unit, right - 1, middle],
+                       fill="firebrick" if bad else None)
     draw.line([MARGIN, height - MARGIN, width - MARGIN, height - MARGIN], fill="black")
     draw.text((MARGIN, height - MARGIN + 2), f"image score, 0 to {top:.2f}", fill="black")
     draw.text((MARGIN, 2), "good images (blue), defective (red), threshold (line)", fill="black")
@@ -248,8 +260,9 @@ def write_overview(path, columns, titles, scale):
     ramp = torch.linspace(SCALE[0], SCALE[1], BARS).expand(2, BARS) * scale
     colour, _ = heat(ramp, (MARGIN // 2, grid.width // 2), scale)
     sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, grid.height + MARGIN // 4))
-    text = f"from {SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}, half-way: {scale:.2f}, the threshold"
-    ImageDraw.Draw(sheet).text((grid.width // 2 + MARGIN // 2, grid.height + MARGIN // 4), text, fill="black")
+    place = (grid.width // 2 + MARGIN // 2, grid.height + MARGIN // 4)
+    text = f"{SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}; half-way, {scale:.2f}: the threshold"
+    ImageDraw.Draw(sheet).text(place, text, fill="black")
     patchae.write_picture(path, sheet)
 
 
@@ -277,11 +290,11 @@ def evaluate_category(name, args, device):
     if math.isnan(image):
         print(f"image AUROC: undefined (test/ has no {'good' if all(labels) else 'defective'} images)")
     if not math.isnan(threshold):
-        above = [sum(s > threshold for s, d in zip(scores, labels) if d == defect) for defect in (False, True)]
-        print(f"{name}: above the threshold {above[0]} of {len(labels) - sum(labels)} good and "
-              f"{above[1]} of {sum(labels)} defective images")
-    scale = threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
-    write_heatmaps(folder / "heatmaps", [(heatmap_name(path, args.data / name / "test"), path, anomaly_map)
+        above = [defective for defective, score in zip(labels, scores) if score > threshold]
+        print(f"{name}: above the threshold {above.count(False)} of {labels.count(False)} good and "
+              f"{above.count(True)} of {labels.count(True)} defective images")
+    scale, base = colour_scale(threshold, maps), args.data / name / "test"
+    write_heatmaps(folder / "heatmaps", [(heatmap_name(path, base), path, anomaly_map)
                                          for path, anomaly_map in zip(paths, maps)], scale)
     write_histogram(folder / "histogram.png", scores, labels, threshold)
     kinds = [kind for _, kind, _ in samples]
@@ -295,7 +308,8 @@ def evaluate_category(name, args, device):
         columns.append((f"{kind} {scores[i]:.2f}", pictures))
     write_overview(folder / "overview.png", [c for _, c in columns], [t for t, _ in columns], scale)
     config = model.config
-    return [name, args.score, image, pixel, seconds, config.seed, config.backbone, Path(config.weights).name]
+    return [name, args.score, image, pixel, seconds, config.seed, config.backbone,
+            Path(config.weights).name]
 
 
 def predict_category(name, args, device):
@@ -307,17 +321,19 @@ def predict_category(name, args, device):
     scores = patchae.image_score(maps).tolist()
     ranked = sorted(range(len(paths)), key=lambda i: -scores[i])
     decided = ["" if math.isnan(threshold) else score > threshold for score in scores]
-    scale = threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
-    base = path.parent if path.is_file() else path
-    write_heatmaps(folder / "predictions", [(heatmap_name(paths[i], base), paths[i], maps[i]) for i in ranked], scale)
+    scale, base = colour_scale(threshold, maps), path.parent if path.is_file() else path
+    write_heatmaps(folder / "predictions", [(heatmap_name(paths[i], base), paths[i], maps[i])
+                                            for i in ranked], scale)
     columns = [heat_pictures(paths[i], maps[i], scale) for i in ranked[:RANKED]]
-    write_overview(folder / "predictions.png", columns,
-                   [f"{paths[i].name[-12:]} {scores[i]:.2f}" for i in ranked[:RANKED]], scale)
+    titles = [f"{paths[i].name[-NAME_END:]} {scores[i]:.2f}" for i in ranked[:RANKED]]
+    write_overview(folder / "predictions.png", columns, titles, scale)
     patchae.write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
                       [(paths[i], scores[i], decided[i]) for i in ranked])
     for i in ranked[:RANKED]:
-        print(f"{scores[i]:10.4f}  {'anomalous' if decided[i] else 'normal' if decided[i] is False else '':9}  {paths[i]}")
-    print(f"{name}: {len(paths)} images, {sum(d is True for d in decided)} anomalous; wrote {folder / 'predictions.csv'}")
+        word = {True: "anomalous", False: "normal", "": "undecided"}[decided[i]]
+        print(f"{scores[i]:10.4f}  {word:9}  {paths[i]}")
+    print(f"{name}: {len(paths)} images, {sum(d is True for d in decided)} anomalous; "
+          f"wrote {folder / 'predictions.csv'}")
 
 
 def update_results(path, rows):
@@ -327,8 +343,8 @@ def update_results(path, rows):
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file) if row["category"] != "mean"]
-        kept = [[*row[:2], *map(float, row[2:5]), *row[5:]] for row in kept]
+            kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file)]
+        kept = [[*r[:2], *map(float, r[2:5]), *r[5:]] for r in kept if r[0] != "mean"]
     except (OSError, LookupError, ValueError, TypeError, csv.Error):
         kept = []  # absent, or not one of ours
     new = {(row[0], row[1]) for row in rows}
@@ -336,7 +352,7 @@ def update_results(path, rows):
     for kind in dict.fromkeys(row[1] for row in table):
         columns = list(zip(*(row for row in table if row[1] == kind)))
         known = [[value for value in column if not math.isnan(value)] for column in columns[2:5]]
-        facts = [column[0] if len(set(map(str, column))) == 1 else "several" for column in columns[5:]]
+        facts = [c[0] if len(set(map(str, c))) == 1 else "several" for c in columns[5:]]
         means.append(["mean", kind, *(sum(v) / len(v) if v else math.nan for v in known), *facts])
     patchae.write_csv(path, RESULTS, table + means)
     return means
@@ -361,7 +377,8 @@ def main(argv=None):
     names = patchae.choose_categories(args.data, args.category)
     if args.predict:
         return patchae.each_category(names, lambda name: predict_category(name, args, device))
-    code = patchae.each_category(names, lambda name: rows.append(evaluate_category(name, args, device)))
+    code = patchae.each_category(
+        names, lambda name: rows.append(evaluate_category(name, args, device)))
     if rows:
         means = update_results(args.out / "results.csv", rows)
         print_table(rows + [mean for mean in means if mean[1] == args.score])

@@ -12,9 +12,9 @@ Defaults say `paper` where the paper is known to say so, and `our choice: reason
 
 Notation
     symbol  name in code  shape              meaning
-    I       image         (B, 3, H, W)       normal image, with artificial defects in training, [0, 1]
+    I       image         (B, 3, H, W)       normal image (in training with defects), [0, 1]
     α       alpha         (1, h, w)          opacity of an artificial defect in its box, [0, 1]
-    F       features      (B, C, H', W')     ⊕: the backbone's scales, on one grid, concatenated; ≥ 0
+    F       features      (B, C, H', W')     ⊕: the backbone's scales on one grid, joined; ≥ 0
     R       r             (B, C₃, H', W')    representation; r_ij, one vector for each patch
     I_ij    patches       (B, 3p², H', W')   the image cut into patches of p × p pixels, normalised
     Î_ij    rebuilt       (B, 3p², H', W')   the patches as the decoder draws them from R
@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -70,30 +71,30 @@ class Config:
     finetune_backbone: bool = option(
         False, "train the backbone too (our choice: off, it hurt on 40 images)")
     layers: tuple = option(
-        (2, 3), "ResNet stages that ⊕ joins (our choice: as PatchCore; stage 1 did not help)", 1, 4)
+        (2, 3), "ResNet stages that ⊕ joins (our choice: as PatchCore; see Ablations)", 1, 4)
     image_size: int = option(
-        256, "side of the square network input, pixels (our choice: 8-pixel patches, 32 × 32 grid)",
+        256, "side of the square input, pixels (our choice: a grid of 32 × 32 patches)",
         LARGEST_STRIDE, 2048)
     neighbourhood: int = option(
-        3, "side of the average over neighbouring features, odd (our choice: helps most of all)", 1, 9)
+        3, "side of the average over near features, odd (our choice: see Ablations)", 1, 9)
     channels: int = option(
-        0, "C₁ = C₂ = C₃; 0: as many as ⊕ has (our choice: keeps all distances, narrower lost)", 0, 8192)
+        0, "C₁ = C₂ = C₃; 0: as many as ⊕ has (our choice: keeps all distances)", 0, 8192)
     encoder_start: str = option(
-        "preserve", "preserve distances or random (our choice: training from random loses detection)",
+        "preserve", "preserve distances or random (our choice: see Ablations)",
         choices=("preserve", "random"))
     defects: bool = option(True, "artificial defects in training (paper)")
     patch_fraction: float = option(
-        0.25, "part of the patches in each step (our choice: they are independent; saves time)", 0.01, 1)
-    epochs: int = option(20, "passes over the normal images (our choice: the loss is flat by then)", 0, 10000)
+        0.25, "part of the patches in a step (our choice: saves time; each learns alone)", 0.01, 1)
+    epochs: int = option(20, "passes over the images (our choice: the loss is flat then)", 0, 10000)
     batch_size: int = option(8, "images per step (our choice: fits any machine)", 1, 4096)
-    lr: float = option(2e-3, "of the decoder, Adam with cosine (our choice: rebuilds well within 20 epochs)", 0, 1)
+    lr: float = option(2e-3, "decoder, Adam and cosine (our choice: rebuilds well by then)", 0, 1)
     encoder_lr: float = option(
-        1e-4, "of the encoder (our choice: slower than the decoder, 1e-3 lost detection)", 0, 1)
-    backbone_lr: float = option(1e-5, "of a fine-tuned backbone (our choice: a tenth of that)", 0, 1)
+        1e-4, "encoder (our choice: slower than the decoder; see Ablations)", 0, 1)
+    backbone_lr: float = option(1e-5, "fine-tuned backbone (our choice: a tenth of that)", 0, 1)
     seed: int = option(0, "of every random choice (our choice: any)", 0, 2**31)
 
 
-# ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising ---------------
+# ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
 # paper: defects are added and must be rebuilt. Our choice, all of it: these four kinds and numbers,
 # wide enough for faint to glaring, since the test defects are unknown.
 MOST_DEFECTS = 6              # per image: 1 to 6, so that every image trains on some defect
@@ -120,16 +121,16 @@ def integer(low, high, rng):
 def irregular_blob(h, w, softness, rng):
     """α of a disc whose rim is bent by smooth noise, 0 at the box's border (our choice)."""
     noise = torch.randn(1, 1, BLOB_CELLS, BLOB_CELLS, generator=rng)
-    noise = F.interpolate(noise, (h, w), mode="bicubic")[0]                          # (1, h, w)
+    noise = F.interpolate(noise, (h, w), mode="bicubic")[0]               # (1, h, w)
     y, x = torch.linspace(-1, 1, h)[:, None], torch.linspace(-1, 1, w)
-    disc = 1 - x * x - y * y                                                         # (h, w)
-    return ((disc * (1 + noise / 2) - BLOB_RIM) / softness).clamp(0, 1)                  # (1, h, w)
+    disc = 1 - x * x - y * y                                              # (h, w)
+    return ((disc * (1 + noise / 2) - BLOB_RIM) / softness).clamp(0, 1)   # (1, h, w)
 
 
 def altered_paste(other, h, w, rng):
     """A patch of another normal image, flipped and with its colours changed (our choice)."""
     top, left = integer(0, other.shape[1] - h, rng), integer(0, other.shape[2] - w, rng)
-    patch = other[:, top:top + h, left:left + w].flip(integer(1, 2, rng))            # (3, h, w)
+    patch = other[:, top:top + h, left:left + w].flip(integer(1, 2, rng))  # (3, h, w)
     gain = torch.empty(3, 1, 1).uniform_(*GAIN, generator=rng)
     return (patch * gain).clamp(0, 1), irregular_blob(h, w, HARD, rng)
 
@@ -142,8 +143,8 @@ def scratch(other, h, w, rng):
     alpha = torch.zeros(1, h, w)
     alpha[0, (y * (h - 1)).round().long(), (x * (w - 1)).round().long()] = 1
     width = 2 * integer(0, 1, rng) + 1
-    alpha = F.max_pool2d(alpha, width, stride=1, padding=width // 2)                 # (1, h, w)
-    alpha = F.avg_pool2d(alpha, SOFTEN, stride=1, padding=SOFTEN // 2)               # (1, h, w)
+    alpha = F.max_pool2d(alpha, width, stride=1, padding=width // 2)      # (1, h, w)
+    alpha = F.avg_pool2d(alpha, SOFTEN, stride=1, padding=SOFTEN // 2)    # (1, h, w)
     return torch.rand(3, 1, 1, generator=rng), alpha * uniform(*OPACITY, rng)
 
 
@@ -157,7 +158,7 @@ def noise_blob(other, h, w, rng):
     """Coloured noise of random grain inside an irregular outline (our choice)."""
     grain = integer(1, MAX_GRAIN, rng)
     cells = torch.rand(1, 3, -(-h // grain), -(-w // grain), generator=rng)
-    texture = F.interpolate(cells, (h, w), mode="bilinear")[0]                       # (3, h, w)
+    texture = F.interpolate(cells, (h, w), mode="bilinear")[0]            # (3, h, w)
     return texture, irregular_blob(h, w, HARD, rng) * uniform(*OPACITY, rng)
 
 
@@ -183,7 +184,7 @@ def add_defects(image, other, rng):
     return image, mask
 
 
-# ---- features: backbone and ⊕ ----------------------------------------------------------------
+# ---- features: backbone and ⊕ -------------------------------------------------------------------
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the weights
 
 
@@ -213,7 +214,8 @@ class Backbone(nn.Module):
     def forward(self, image):
         """The maps of the stages in use, each (B, C_l, H_l, W_l) and ≥ 0, from a (B, 3, H, W)."""
         x = normalise(image).contiguous(memory_format=torch.channels_last)  # faster convolutions
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)    # (B, 64, H/4, W/4)
+        x = F.relu(self.bn1(self.conv1(x)))                               # (B, 64, H/2, W/2)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)                       # (B, 64, H/4, W/4)
         maps = {}
         for stage in range(1, max(self.layers) + 1):
             x = maps[stage] = getattr(self, f"layer{stage}")(x)
@@ -227,22 +229,24 @@ def concatenate_scales(maps, neighbourhood):
     lets a vector see a little beyond its patch and forgive small shifts.
     """
     grid, k = max(m.shape[-2:] for m in maps), neighbourhood
-    maps = [F.avg_pool2d(m, k, stride=1, padding=k // 2, count_include_pad=False) for m in maps]  # (B, C_l, H_l, W_l)
-    maps = [m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear") for m in maps]  # (B, C_l, H', W')
-    return torch.cat(maps, dim=1)                                                    # (B, C, H', W')
+    joined = []
+    for m in maps:
+        m = F.avg_pool2d(m, k, stride=1, padding=k // 2, count_include_pad=False)  # (B, C_l, ...)
+        joined.append(F.interpolate(m, grid, mode="bilinear"))            # (B, C_l, H', W')
+    return torch.cat(joined, dim=1)                                       # (B, C, H', W')
 
 
 def patchify(image, p):
     """Cut into P = H'·W' patches of p × p pixels: (B, 3, H'p, W'p) to (B, 3p², H', W')."""
-    return F.pixel_unshuffle(image, p)                                               # (B, 3p², H', W')
+    return F.pixel_unshuffle(image, p)                                    # (B, 3p², H', W')
 
 
 def unpatchify(patches, p):
     """The inverse of patchify: (B, 3p², H', W') to (B, 3, H'p, W'p)."""
-    return F.pixel_shuffle(patches, p)                                               # (B, 3, H'p, W'p)
+    return F.pixel_shuffle(patches, p)                                    # (B, 3, H'p, W'p)
 
 
-# ---- the patch auto-encoder and its equations -----------------------------------------------------
+# ---- the patch auto-encoder and its equations ---------------------------------------------------
 class PatchAE(nn.Module):
     """The backbone and the weights of encoder and decoder; the equations below use them."""
 
@@ -263,7 +267,7 @@ class PatchAE(nn.Module):
             return concatenate_scales(self.backbone(image), self.config.neighbourhood)
 
     def forward(self, image):
-        """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of a (B, 3, H, W) in [0, 1]."""
+        """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
         r = represent(self.features(image), self.encoder)
         return r, rebuild(r, self.decoder)
 
@@ -274,7 +278,7 @@ def represent(features, encoder):
     paper. features: (B, C, H', W'), encoder: the two 1×1 convolutions (W₁, b₁) and (W₂, b₂).
     A 1×1 convolution is one linear layer, applied at every place on its own.
     """
-    return F.relu(encoder[1](F.relu(encoder[0](features))))                          # (B, C₃, H', W')
+    return F.relu(encoder[1](F.relu(encoder[0](features))))               # (B, C₃, H', W')
 
 
 def rebuild(r, decoder):
@@ -282,12 +286,12 @@ def rebuild(r, decoder):
 
     paper; the activation (ReLU) is our choice: as in the encoder. r: (B, C₃, H', W').
     """
-    return decoder[1](F.relu(decoder[0](r)))                                         # (B, 3p², H', W')
+    return decoder[1](F.relu(decoder[0](r)))                              # (B, 3p², H', W')
 
 
 def patch_errors(rebuilt, patches):
     """‖Î_ij − I_ij‖² averaged over the 3p² values of a patch: (B, 3p², H', W') to (B, H', W')."""
-    return (rebuilt - patches).square().mean(dim=1)                                  # (B, H', W')
+    return (rebuilt - patches).square().mean(dim=1)                       # (B, H', W')
 
 
 def reconstruction_loss(rebuilt, patches):
@@ -310,16 +314,16 @@ def nearest_distance(r, memory):
     nearest = torch.full((len(r),), math.inf, device=r.device)
     for block in memory.split(max(1, DISTANCES_AT_ONCE // len(r))):
         nearest = torch.minimum(nearest, torch.cdist(r, block).amin(dim=1))
-    return nearest                                                                   # (P,)
+    return nearest                                                        # (P,)
 
 
 def image_score(anomaly_map):
     """(E5) S = max_ij s_ij: an image is as anomalous as its worst patch. (B, H', W') to (B,)."""
-    score = anomaly_map.amax(dim=(1, 2))                                             # (B,)
+    score = anomaly_map.amax(dim=(1, 2))                                  # (B,)
     return score
 
 
-# ---- what training and scoring make of them ------------------------------------------------------
+# ---- what training and scoring make of them -----------------------------------------------------
 @torch.no_grad()
 def calibrate_batch_norm(backbone, batches):
     """Set the statistics of random weights from normal images: without it they are of no use.
@@ -347,22 +351,22 @@ def preserve_distances(encoder, features):
         nn.init.zeros_(layer.bias)
     c, in_channels = encoder[0].weight.shape[:2]
     if c < in_channels:
-        axes = torch.linalg.eigh(torch.cov(features.T)).eigenvectors[:, -c:]         # (C, C₃)
+        axes = torch.linalg.eigh(torch.cov(features.T)).eigenvectors[:, -c:]  # (C, C₃)
         low, high = (features @ axes).aminmax(dim=0)
-        encoder[0].weight.copy_(axes.T[:, :, None, None])                            # (C₃, C, 1, 1)
+        encoder[0].weight.copy_(axes.T[:, :, None, None])                 # (C₃, C, 1, 1)
         encoder[0].bias.copy_(2 * (high - low) - low)
 
 
 def training_loss(model, image, rng):
-    """(E3) over a random part of the patches, the same for all images of the batch.
+    """The loss (E3) over a random part of the patches, the same for all images of the batch.
 
     image: (B, 3, H, W) in [0, 1], with artificial defects: both the input and the target (paper).
     """
-    features = model.features(image).flatten(2)                                      # (B, C, P)
-    patches = patchify(normalise(image), model.p).flatten(2)                         # (B, 3p², P)
+    features = model.features(image).flatten(2)                           # (B, C, P)
+    patches = patchify(normalise(image), model.p).flatten(2)              # (B, 3p², P)
     count = math.ceil(features.shape[2] * model.config.patch_fraction)
     part = torch.randperm(features.shape[2], generator=rng)[:count].to(image.device)
-    r = represent(features[:, :, part, None], model.encoder)                         # (B, C₃, n, 1)
+    r = represent(features[:, :, part, None], model.encoder)              # (B, C₃, n, 1)
     return reconstruction_loss(rebuild(r, model.decoder), patches[:, :, part, None])
 
 
@@ -370,7 +374,7 @@ def patch_vectors(model, image, kind):
     """What is compared with the memory, (B, P, C): R, or F itself for kind "backbone"."""
     features = model.features(image)
     vectors = features if kind == "backbone" else represent(features, model.encoder)
-    return vectors.flatten(2).transpose(1, 2).contiguous()                           # (B, P, C)
+    return vectors.flatten(2).transpose(1, 2).contiguous()                # (B, P, C)
 
 
 def build_memory(model, batches, count, kind, fraction):
@@ -393,7 +397,7 @@ def build_memory(model, batches, count, kind, fraction):
             rng = seeded(model.config.seed, "memory", n)
             memory[n] = vectors[torch.randperm(places, generator=rng)[:kept].to(device)]  # (n, C)
             n += 1
-    return memory                                                                    # (N, n, C)
+    return memory                                                         # (N, n, C)
 
 
 def score_maps(model, image, memory, kind, own=None):
@@ -405,14 +409,15 @@ def score_maps(model, image, memory, kind, own=None):
     if kind == "reconstruction":
         return patch_errors(model(image)[1], patchify(normalise(image), model.p))
     rest = [memory] if own is None else [memory[:own], memory[own + 1:]]
-    rest = [part.flatten(0, 1) for part in rest if len(part)]                        # (M, C) each
+    rest = [part.flatten(0, 1) for part in rest if len(part)]             # (M, C) each
     nearest = [torch.stack([nearest_distance(r, part) for part in rest]).amin(dim=0)
                for r in patch_vectors(model, image, kind)]
-    return torch.stack(nearest).unflatten(1, (model.grid, model.grid))               # (B, H', W')
+    return torch.stack(nearest).unflatten(1, (model.grid, model.grid))    # (B, H', W')
 
 
-# ==== nothing from the paper below: errors, options, files, images, weights, checkpoint ============
+# ==== nothing from the paper below: errors, options, files, images, weights, checkpoint ==========
 MOST_WORKERS = 64
+DEVICES = ("cuda", "mps", "cpu")  # in the order of --device auto
 CELL, GAP, TITLE = 160, 4, 28  # pixels of picture_grid
 CHECKPOINT_FORMAT = "patch-ae 1"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -459,7 +464,7 @@ class Parser(argparse.ArgumentParser):
         add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or all")
         add("--demo", action="store_true", help="the toy set, drawn if absent; needs no download")
         add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
-        add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+        add("--device", default="auto", choices=("auto", *DEVICES), help="(default: auto)")
 
     def error(self, message):
         """Called by argparse for options that it cannot read."""
@@ -468,9 +473,9 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name):
     """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(d for d in there if there[d]) if name == "auto" else name
-    if not there[name]:
+    there = [d for d in DEVICES if d == "cpu" or getattr(torch, d).is_available()]
+    name = there[0] if name == "auto" else name
+    if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
     torch.set_float32_matmul_precision("highest")  # TF32 would blur the distances of (E4)
     title = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
@@ -481,13 +486,13 @@ def choose_device(name):
 def choose_categories(root, names):
     """The categories of a data set that were asked for. UserError with a list of those there."""
     if root is None or not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give one that holds NAME/train/good, or --demo")
+        raise UserError(f"--data {root}: no such folder; give one with NAME/train/good, or --demo")
     there = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
     if not there:
-        raise UserError(f"--data {root}: holds no NAME/train/good; of a category itself give the parent")
+        raise UserError(f"--data {root}: no NAME/train/good in it; of a category give the parent")
     unknown = [name for name in names if name not in (*there, "all")]
     if unknown or not names:
-        raise UserError(f"--category {' '.join(unknown)}: not in {root}; there: {', '.join(there)}, all")
+        raise UserError(f"--category {' '.join(unknown)}: not in {root}; in it: {', '.join(there)}")
     return there if "all" in names else list(dict.fromkeys(names))
 
 
@@ -534,14 +539,13 @@ def write_whole(path, write):
 
 def write_csv(path, header, rows):
     """A table with a header line, written whole."""
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
-    write_whole(path, write)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
 
 
 def list_images(folder):
-    """The image files in and below a folder, sorted; hidden and other files are skipped. UserError if none."""
+    """The image files in and below a folder, sorted, without hidden ones. UserError if none."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not found:
@@ -582,7 +586,7 @@ def read_batches(paths, model, what):
             raise UserError(f"{path}: {image.width} × {image.height} pixels are smaller than a "
                             f"patch ({smallest}); use larger images")
         pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-        return torch.from_numpy(pixels).permute(2, 0, 1)                             # (3, size, size)
+        return torch.from_numpy(pixels).permute(2, 0, 1)                  # (3, size, size)
 
     steps = range(0, len(paths), model.config.batch_size)
     with ThreadPoolExecutor() as pool:
@@ -592,7 +596,7 @@ def read_batches(paths, model, what):
 
 def picture(image):
     """A Pillow image of a (3, H, W) tensor in [0, 1]."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())  # (H, W, 3)
 
 
 def picture_grid(rows, titles, side=CELL):
@@ -620,7 +624,7 @@ def check(config):
         fits = type(value) is f.type and (f.type is not tuple or {type(v) for v in value} == {int})
         fits = fits and (low is None or all(low <= v <= high for v in values))
         if not fits or (choices and value not in choices):
-            wanted = f"one of {', '.join(choices)}" if choices else f"{f.type.__name__}, {low} to {high}"
+            wanted = ", ".join(choices) if choices else f"{f.type.__name__}, {low} to {high}"
             raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}")
     if config.image_size % LARGEST_STRIDE:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of {LARGEST_STRIDE}")
@@ -632,14 +636,15 @@ def check(config):
 def read_tensors(path, remedy):
     """torch.load of plain tensors and values; a damaged file is a UserError."""
     try:
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):  # what torch.save writes; torch.load skips its checksums
             with zipfile.ZipFile(path) as file:
-                if file.testzip():
-                    raise UserError(f"{path}: damaged (a checksum is wrong); {remedy}")
+                damaged = file.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged (the checksum of {damaged}); {remedy}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read ({reason or type(error).__name__}); {remedy}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def load_tensors(module, names, state, path, remedy):
@@ -654,7 +659,7 @@ def load_tensors(module, names, state, path, remedy):
 
 
 def build_model(config):
-    """A PatchAE with its backbone's weights, and their fingerprint; all by config.seed. UserError."""
+    """A PatchAE with its backbone's weights, and their fingerprint. UserError where none fit."""
     torch.manual_seed(config.seed)
     model, path = PatchAE(config), config.weights
     remedy = f"give --weights a state dict of --backbone {config.backbone}"
@@ -664,8 +669,8 @@ def build_model(config):
         try:
             state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download {path} ({error}): put that file into {folder}, or give "
-                            "--weights FILE, or try --weights random") from error
+            raise UserError(f"cannot download {path} ({error}): put that file into {folder}, or "
+                            "give --weights FILE, or try --weights random") from error
     elif config.weights != "random":
         state = read_tensors(path, remedy)
     if config.weights != "random":
@@ -680,22 +685,21 @@ def build_model(config):
 
 def checkpoint_names(model):
     """Names of the tensors that a checkpoint holds: those that the weights' source does not."""
-    def own(name):
-        random_statistics = model.config.weights == "random" and "running_" in name
-        return not name.startswith("backbone.") or model.config.finetune_backbone or random_statistics
-    return [name for name in model.state_dict() if own(name) and "num_batches" not in name]
+    config, names = model.config, [n for n in model.state_dict() if "num_batches" not in n]
+    return [name for name in names if not name.startswith("backbone.") or config.finetune_backbone
+            or (config.weights == "random" and "running_" in name)]
 
 
-def save_checkpoint(path, model, **more):
-    """Write config and tensors, and `more` plain values beside them; see load_checkpoint."""
-    state = model.state_dict()
+def save_checkpoint(path, model, facts):
+    """Write config, tensors and, beside them, a dict of plain values; see load_checkpoint."""
+    state, config = model.state_dict(), asdict(model.config)
     tensors = {name: state[name].cpu() for name in checkpoint_names(model)}
-    content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.config), "tensors": tensors, **more}
+    content = {"format": CHECKPOINT_FORMAT, "config": config, "tensors": tensors, **facts}
     write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint, its config checked. UserError if damaged or of another format."""
+    """The content of a checkpoint, its config checked. UserError if it is none or damaged."""
     remedy = "make it anew with train.py"
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there; {remedy}")
@@ -705,7 +709,7 @@ def load_checkpoint(path):
     try:
         content["config"] = check(Config(**content["config"]))
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{path}: its config does not fit this version ({error}); {remedy}") from error
+        raise UserError(f"{path}: its config does not fit ({error}); {remedy}") from error
     return content
 
 
@@ -714,8 +718,8 @@ def restore(content, path, weights=None):
     config = content["config"]
     model, fingerprint = build_model(dataclasses.replace(config, weights=weights or config.weights))
     if fingerprint != content.get("fingerprint"):
-        raise UserError(f"{path}: made with other backbone weights than {weights or config.weights}; "
-                        "give the ones of its training with --weights")
+        raise UserError(f"{path}: made with other backbone weights than "
+                        f"{weights or config.weights}; give those of its training with --weights")
     model.config = config
     load_tensors(model, checkpoint_names(model), content.get("tensors"), path, "train again")
     return model

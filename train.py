@@ -21,21 +21,22 @@ from patchae import Config, UserError, seeded
 PREVIEWS = 6        # our choice: rows of defects.png, as many as a screen shows
 LOG = ["epoch", "loss", "images_per_second"]
 START_PLACES = 256  # our choice: vectors of each image that preserve_distances looks at
-DEMO = {"data": make_toy.ROOT, "category": [make_toy.CATEGORY],  # our choice: needs no download, and
-        "backbone": "resnet18", "weights": "random",             # random features fade with depth:
-        "layers": (1, 2), "image_size": 128}                     # the early stages, 4-pixel patches
+# our choice: no download; random features fade with depth, so the early stages, on 4-pixel patches
+DEMO = {"data": make_toy.ROOT, "category": [make_toy.CATEGORY], "backbone": "resnet18",
+        "weights": "random", "layers": (1, 2), "image_size": 128}
 
 
 def parse(argv):
     """The command line: args, and the Config that its options make."""
     parser = patchae.Parser(__doc__)
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw defects (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    add = parser.add_argument
+    add("--workers", type=int, default=0, help="processes that draw defects (default: 0)")
+    add("--resume", action="store_true", help="go on with an interrupted training")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind = {"type": int, "nargs": "+"} if f.type is tuple else kind
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
-                            help=f"{f.metadata['help']} (default: {f.default})")
+        add("--" + f.name.replace("_", "-"), default=f.default, **kind,
+            help=f"{f.metadata['help']} (default: {f.default})")
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
@@ -104,7 +105,8 @@ def train_epoch(model, optimizer, batches, epoch, steps):
         done = (epoch * steps + step) / (config.epochs * steps)
         for group in optimizer.param_groups:  # cosine: from the full rate to nearly none
             group["lr"] = group["full_lr"] * (1 + math.cos(math.pi * done)) / 2
-        loss = patchae.training_loss(model, image.to(device), seeded(config.seed, epoch, step, "part"))
+        rng = seeded(config.seed, epoch, step, "part")
+        loss = patchae.training_loss(model, image.to(device), rng)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,29 +154,30 @@ def train_category(name, args, config, device):
     model, fingerprint = patchae.build_model(config)
     model.to(device)
     paths = patchae.list_images(args.data / name / "train" / "good")
-    images = torch.cat(list(patchae.read_batches(paths, model, f"{name}: reading")))  # (N, 3, H, W)
-    optimizer, facts, log = make_optimizer(model), {"fingerprint": fingerprint, "images": len(images)}, []
+    images = torch.cat(list(patchae.read_batches(paths, model, f"{name}: reading")))
+    facts = {"fingerprint": fingerprint, "images": len(images)}
+    steps, optimizer, log = math.ceil(len(images) / config.batch_size), make_optimizer(model), []
     if resuming:
         log = resume(unfinished, model, optimizer, len(images))
         print(f"{name}: resuming after epoch {len(log)}")
     else:
         start(model, images)
     patchae.write_csv(folder / "train.csv", LOG, log)  # a folder that cannot be written fails now
-    keys, steps = list(batch_keys(config, len(images), len(log))), math.ceil(len(images) / config.batch_size)
-    loader = DataLoader(DefectedImages(images, config), batch_sampler=keys, num_workers=args.workers)
-    batches, begin, first = iter(loader), time.monotonic(), len(log)
-    for epoch in range(first, config.epochs):
-        epoch_begin = time.monotonic()
+    batches = iter(DataLoader(DefectedImages(images, config), num_workers=args.workers,
+                              batch_sampler=list(batch_keys(config, len(images), len(log)))))
+    for epoch in range(len(log), config.epochs):
+        begin = time.monotonic()
         loss = train_epoch(model, optimizer, batches, epoch, steps)
-        now = time.monotonic()
-        speed, left = len(images) / (now - epoch_begin), (now - begin) / (epoch + 1 - first) * (config.epochs - epoch - 1)
+        seconds = time.monotonic() - begin
+        speed, left = len(images) / seconds, seconds * (config.epochs - epoch - 1)
         print(f"{name}: epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} images/s  "
               f"{left:.0f} s left", flush=True)
         log.append([epoch + 1, loss, round(speed, 2)])
         patchae.write_csv(folder / "train.csv", LOG, log)
-        patchae.save_checkpoint(unfinished, model, **facts, optimizer=optimizer.state_dict(), log=log)
+        patchae.save_checkpoint(unfinished, model,
+                                {**facts, "optimizer": optimizer.state_dict(), "log": log})
     write_preview(folder / "defects.png", model, images)
-    patchae.save_checkpoint(finished, model, **facts)
+    patchae.save_checkpoint(finished, model, facts)
     unfinished.unlink(missing_ok=True)
     print(f"{name}: wrote {finished}")
 

@@ -64,9 +64,10 @@ def draw_part(rng):
 
 
 def photograph(part, rng):
-    """What the camera sees: the part shifted and turned a little, as (SIZE, SIZE, 3) grey levels."""
+    """What the camera sees: the part, moved and turned a little, as (SIZE, SIZE, 3) floats."""
     shift = tuple(SCALE * rng.uniform(-SHIFT, SHIFT, 2))
-    seen = part.rotate(rng.uniform(-TURN, TURN), Image.Resampling.BICUBIC, translate=shift, fillcolor=BACKGROUND)
+    seen = part.rotate(rng.uniform(-TURN, TURN), Image.Resampling.BICUBIC, translate=shift,
+                       fillcolor=BACKGROUND)
     seen = np.asarray(seen.resize((SIZE, SIZE), Image.Resampling.LANCZOS), dtype=float)
     return seen[:, :, None] * np.array([0.97, 1.0, 1.04])  # steel is slightly blue
 
@@ -116,8 +117,8 @@ def chip(image, mask, rng):
     turn = rng.uniform(0, 2 * math.pi)
     centre = SIZE / 2 + RIM * SIZE * np.array([math.cos(turn), math.sin(turn)])
     angles = np.sort(rng.uniform(0, 2 * math.pi, 9))
-    corners = [tuple(centre + rng.uniform(8, 15) * np.array([math.cos(a), math.sin(a)])) for a in angles]
-    ImageDraw.Draw(mask).polygon(corners, fill=255)
+    corners = [centre + rng.uniform(8, 15) * np.array([math.cos(a), math.sin(a)]) for a in angles]
+    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners], fill=255)
     part = Image.new("L", mask.size)
     disc(ImageDraw.Draw(part), (SIZE / 2, SIZE / 2), RIM * SIZE, 255)
     mask.paste(ImageChops.multiply(mask, part))  # no defect where there was only background
@@ -174,8 +175,9 @@ def draw_if_absent(root):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT, help=f"folder (default: {ROOT.name} beside this file)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: data/toy)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     args = parser.parse_args()
     draw_set(args.out, args.seed)
