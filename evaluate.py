@@ -221,6 +221,7 @@ def write_heatmaps(folder, items, scale):
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
 
 

@@ -31,6 +31,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import time
@@ -38,7 +39,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -339,12 +340,13 @@ def calibrate_batch_norm(backbone, batches):
 
 
 @torch.no_grad()
-def preserve_distances(encoder, features):
+def preserve_distances(encoder, decoder, features):
     """Start the encoder so that distances in R are those between the features (our choice).
 
     As many channels as features: both layers the identity, and features ≥ 0 pass both ReLUs, so R
     *is* F. Fewer: the first layer projects on the principal axes of `features` (n, C), shifted by
-    twice their range to stay positive; of all projections it keeps the most squared distance.
+    twice their range to stay positive; of all projections it keeps the most squared distance. The
+    decoder's first layer takes the mean off again, or the shift would be all that it sees.
     """
     for layer in encoder:
         nn.init.dirac_(layer.weight)
@@ -355,6 +357,8 @@ def preserve_distances(encoder, features):
         low, high = (features @ axes).aminmax(dim=0)
         encoder[0].weight.copy_(axes.T[:, :, None, None])                 # (C₃, C, 1, 1)
         encoder[0].bias.copy_(2 * (high - low) - low)
+        mean = (features @ axes).mean(dim=0) + encoder[0].bias
+        decoder[0].bias.sub_(decoder[0].weight.flatten(1) @ mean)  # (C₃,)
 
 
 def training_loss(model, image, rng):
@@ -473,7 +477,8 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name):
     """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
-    there = [d for d in DEVICES if d == "cpu" or getattr(torch, d).is_available()]
+    accelerators = zip(DEVICES, (torch.cuda, torch.backends.mps))
+    there = [device for device, backend in accelerators if backend.is_available()] + ["cpu"]
     name = there[0] if name == "auto" else name
     if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
@@ -534,6 +539,8 @@ def write_whole(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error}); choose another --out") from error
 
 
@@ -550,6 +557,9 @@ def list_images(folder):
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not found:
         raise UserError(f"{folder}: no images there; expected {', '.join(IMAGE_SUFFIXES)}")
+    for path in found:
+        if re.search("[\ud800-\udfff]", str(path)):  # what Python makes of bytes that are not UTF-8
+            raise UserError(f"{ascii(str(path))}: its name is not UTF-8; rename it")
     return found
 
 
@@ -566,7 +576,7 @@ def opened(path):
 def read_image(path):
     """An upright RGB image of 8 bits. Transparency is laid on white (our choice: like paper)."""
     with opened(path) as file:
-        if file.mode[0] in "IF" or ";16" in str(file.tile):
+        if file.mode[0] in "IF" or re.search(";16[BLNS]", str(file.tile)):
             raise UserError(f"{path}: 16-bit or float pixels would be clipped; scale all images "
                             "alike to 8 bits and save them as PNG")
         image = ImageOps.exif_transpose(file)
@@ -626,6 +636,8 @@ def check(config):
         if not fits or (choices and value not in choices):
             wanted = ", ".join(choices) if choices else f"{f.type.__name__}, {low} to {high}"
             raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}")
+    if not config.weights:
+        raise UserError("--weights: empty; give imagenet, random or a file")
     if config.image_size % LARGEST_STRIDE:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of {LARGEST_STRIDE}")
     if config.neighbourhood % 2 == 0:
@@ -655,6 +667,9 @@ def load_tensors(module, names, state, path, remedy):
         if not isinstance(given, torch.Tensor) or given.shape != wanted.shape:
             given = tuple(given.shape) if isinstance(given, torch.Tensor) else "missing"
             raise UserError(f"{path}: {name} is {given}, expected {tuple(wanted.shape)}; {remedy}")
+        dense = given.layout == torch.strided and not given.is_meta and given.is_floating_point()
+        if not dense or not given.isfinite().all():
+            raise UserError(f"{path}: {name} is no tensor of finite numbers; {remedy}")
     module.load_state_dict({name: state[name] for name in names}, strict=False)
 
 
@@ -668,8 +683,8 @@ def build_model(config):
         path, folder = weights.url, Path(torch.hub.get_dir()) / "checkpoints"
         try:
             state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download {path} ({error}): put that file into {folder}, or "
+        except DAMAGED as error:
+            raise UserError(f"cannot download or read {path} ({error}): put that file into {folder}, or "
                             "give --weights FILE, or try --weights random") from error
     elif config.weights != "random":
         state = read_tensors(path, remedy)

@@ -83,7 +83,8 @@ def start(model, images):
         rng = seeded(config.seed, "start")
         places = torch.randperm(model.grid**2, generator=rng)[:START_PLACES].to(device)
         sample = [model.features(batch / 255).flatten(2)[:, :, places] for batch in batches]
-        patchae.preserve_distances(model.encoder, torch.cat(sample).transpose(1, 2).flatten(0, 1))
+        features = torch.cat(sample).transpose(1, 2).flatten(0, 1)  # (n, C)
+        patchae.preserve_distances(model.encoder, model.decoder, features)
 
 
 def make_optimizer(model):
@@ -169,6 +170,9 @@ def train_category(name, args, config, device):
         begin = time.monotonic()
         loss = train_epoch(model, optimizer, batches, epoch, steps)
         seconds = time.monotonic() - begin
+        if not math.isfinite(loss):
+            raise UserError(f"{name}: the loss is {loss} in epoch {epoch + 1}; use a smaller --lr, "
+                            "--encoder-lr or --backbone-lr")
         speed, left = len(images) / seconds, seconds * (config.epochs - epoch - 1)
         print(f"{name}: epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {speed:.1f} images/s  "
               f"{left:.0f} s left", flush=True)

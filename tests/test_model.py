@@ -82,7 +82,7 @@ def test_backbone_is_torchvisions_resnet():
 def test_identity_start_makes_r_the_features():
     """Before training R is exactly F, so trained R is compared with raw features on equal terms."""
     model = small_model()
-    patchae.preserve_distances(model.encoder, torch.rand(50, 192))
+    patchae.preserve_distances(model.encoder, model.decoder, torch.rand(50, 192))
     features = model.features(torch.rand(2, 3, 64, 64))
     assert torch.equal(patchae.represent(features, model.encoder), features)
 
@@ -94,8 +94,10 @@ def test_principal_start_keeps_distances_in_fewer_channels(channels, most):
     mixing = torch.randn(192, 192) * torch.logspace(0, -2, 192)[:, None]
     features = (torch.randn(400, 192) @ mixing).abs()
     model = small_model(channels=channels)
-    patchae.preserve_distances(model.encoder, features)
+    patchae.preserve_distances(model.encoder, model.decoder, features)
     r = patchae.represent(features.T.reshape(1, 192, 20, 20), model.encoder)
+    hidden = model.decoder[0](r)
+    assert hidden.mean(dim=(0, 2, 3)).abs().max() < 1e-2 * r.mean()  # the decoder sees no shift
     r = r.flatten(2)[0].T
     assert r.min() > 0  # neither ReLU cuts anything off
     # scikit-learn's principal components give the same distances
@@ -132,7 +134,7 @@ def test_training_rebuilds_and_moves_the_encoder_less_than_the_decoder():
     import train
     model = small_model(epochs=30)
     image = nn.functional.interpolate(torch.rand(4, 3, 4, 4), (64, 64), mode="bilinear")
-    patchae.preserve_distances(model.encoder, torch.rand(9, 192))
+    patchae.preserve_distances(model.encoder, model.decoder, torch.rand(9, 192))
     optimizer = train.make_optimizer(model)
     before = [layer[0].weight.detach().clone() for layer in (model.encoder, model.decoder)]
     losses = [train.train_epoch(model, optimizer, iter([(image, None)]), epoch, 1) for epoch in range(30)]
