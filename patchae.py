@@ -14,7 +14,7 @@ Notation
     symbol  name in code  shape              meaning
     I       image         (B, 3, H, W)       normal image (in training with defects), [0, 1]
     α       alpha         (1, h, w)          opacity of an artificial defect in its box, [0, 1]
-    F       features      (B, C, H', W')     ⊕: the backbone's scales on one grid, joined; ≥ 0
+    Φ       features      (B, C, H', W')     ⊕: the backbone's scales on one grid, joined; ≥ 0
     R       r             (B, C₃, H', W')    representation; r_ij, one vector for each patch
     I_ij    patches       (B, 3p², H', W')   the image cut into patches of p × p pixels, normalised
     Î_ij    rebuilt       (B, 3p², H', W')   the patches as the decoder draws them from R
@@ -49,6 +49,10 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+
+
+class UserError(Exception):
+    """Bad input. Its text is one line that names the file or option and the remedy."""
 
 
 def option(default, description, low=None, high=None, choices=None):
@@ -107,6 +111,12 @@ GAIN = (0.6, 1.4)             # colour change of a pasted patch
 OPACITY = (0.3, 1.0)          # of scratches, stains and noise
 MAX_GRAIN = 4                 # pixels: the coarsest grain of a noise blob
 SOFTEN = 3                    # pixels: smoothing of a scratch, about what a lens does
+
+
+def seeded(*numbers):
+    """A CPU generator of its own for, say, (seed, epoch, image): no draw depends on another's."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def uniform(low, high, rng):
@@ -224,7 +234,7 @@ class Backbone(nn.Module):
 
 
 def concatenate_scales(maps, neighbourhood):
-    """⊕: F, every map averaged over a neighbourhood, brought to the finest grid, concatenated.
+    """⊕: Φ, every map averaged over a neighbourhood, brought to the finest grid, concatenated.
 
     paper: several scales at one size, concatenated. Our choice: bilinear, and the average, which
     lets a vector see a little beyond its patch and forgive small shifts.
@@ -248,33 +258,8 @@ def unpatchify(patches, p):
 
 
 # ---- the patch auto-encoder and its equations ---------------------------------------------------
-class PatchAE(nn.Module):
-    """The backbone and the weights of encoder and decoder; the equations below use them."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.backbone = Backbone(config.backbone, config.layers)
-        blank = torch.zeros(1, 3, config.image_size, config.image_size)
-        _, self.in_channels, self.grid, _ = self.features(blank).shape
-        self.p = config.image_size // self.grid
-        c = config.channels or self.in_channels
-        self.encoder = nn.ModuleList([nn.Conv2d(self.in_channels, c, 1), nn.Conv2d(c, c, 1)])
-        self.decoder = nn.ModuleList([nn.Conv2d(c, c, 1), nn.Conv2d(c, 3 * self.p**2, 1)])
-
-    def features(self, image):
-        """F: (B, 3, H, W) in [0, 1] to (B, C, H', W'); no gradient reaches a frozen backbone."""
-        with torch.set_grad_enabled(self.config.finetune_backbone and torch.is_grad_enabled()):
-            return concatenate_scales(self.backbone(image), self.config.neighbourhood)
-
-    def forward(self, image):
-        """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
-        r = represent(self.features(image), self.encoder)
-        return r, rebuild(r, self.decoder)
-
-
 def represent(features, encoder):
-    """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ F + b₁) + b₂), F being ⊕ of I's backbone maps.
+    """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂), Φ being ⊕ of I's backbone maps.
 
     paper. features: (B, C, H', W'), encoder: the two 1×1 convolutions (W₁, b₁) and (W₂, b₂).
     A 1×1 convolution is one linear layer, applied at every place on its own.
@@ -288,6 +273,34 @@ def rebuild(r, decoder):
     paper; the activation (ReLU) is our choice: as in the encoder. r: (B, C₃, H', W').
     """
     return decoder[1](F.relu(decoder[0](r)))                              # (B, 3p², H', W')
+
+
+class PatchAE(nn.Module):
+    """The backbone and the weights of encoder and decoder; the equations below use them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone, config.layers)
+        blank = torch.zeros(1, 3, config.image_size, config.image_size)
+        _, self.in_channels, self.grid, _ = self.features(blank).shape
+        self.p = config.image_size // self.grid
+        c = config.channels or self.in_channels
+        if c > self.in_channels and config.encoder_start == "preserve":
+            raise UserError(f"--channels {c}: ⊕ has only {self.in_channels}, more would stay 0; give "
+                            "at most that, or --encoder-start random")
+        self.encoder = nn.ModuleList([nn.Conv2d(self.in_channels, c, 1), nn.Conv2d(c, c, 1)])
+        self.decoder = nn.ModuleList([nn.Conv2d(c, c, 1), nn.Conv2d(c, 3 * self.p**2, 1)])
+
+    def features(self, image):
+        """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W'); no gradient reaches a frozen backbone."""
+        with torch.set_grad_enabled(self.config.finetune_backbone and torch.is_grad_enabled()):
+            return concatenate_scales(self.backbone(image), self.config.neighbourhood)
+
+    def forward(self, image):
+        """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
+        r = represent(self.features(image), self.encoder)
+        return r, rebuild(r, self.decoder)
 
 
 def patch_errors(rebuilt, patches):
@@ -344,7 +357,7 @@ def preserve_distances(encoder, decoder, features):
     """Start the encoder so that distances in R are those between the features (our choice).
 
     As many channels as features: both layers the identity, and features ≥ 0 pass both ReLUs, so R
-    *is* F. Fewer: the first layer projects on the principal axes of `features` (n, C), shifted by
+    *is* Φ. Fewer: the first layer projects on the principal axes of `features` (n, C), shifted by
     twice their range to stay positive; of all projections it keeps the most squared distance. The
     decoder's first layer takes the mean off again, or the shift would be all that it sees.
     """
@@ -375,7 +388,7 @@ def training_loss(model, image, rng):
 
 
 def patch_vectors(model, image, kind):
-    """What is compared with the memory, (B, P, C): R, or F itself for kind "backbone"."""
+    """What is compared with the memory, (B, P, C): R, or Φ itself for kind "backbone"."""
     features = model.features(image)
     vectors = features if kind == "backbone" else represent(features, model.encoder)
     return vectors.flatten(2).transpose(1, 2).contiguous()                # (B, P, C)
@@ -429,10 +442,6 @@ DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError
            RuntimeError, SyntaxError, AssertionError, MemoryError, struct.error, zlib.error,
            pickle.UnpicklingError, zipfile.BadZipFile, Image.DecompressionBombError,
            Image.DecompressionBombWarning)  # what Pillow and torch.load throw at a damaged file
-
-
-class UserError(Exception):
-    """Bad input. Its text is one line that names the file or option and the remedy."""
 
 
 def report(error):
@@ -511,12 +520,6 @@ def each_category(names, work):
             report(error)
             code = 2
     return code
-
-
-def seeded(*numbers):
-    """A CPU generator of its own for, say, (seed, epoch, image): no draw depends on another's."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def progress(items, what, total):

@@ -22,9 +22,9 @@ def layer(weight, bias):
 
 
 def test_E1_representation_by_hand():
-    """R = ReLU(W₂ ReLU(W₁ F + b₁) + b₂) for one place, on paper.
+    """R = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂) for one place, on paper.
 
-    F = (1, 2): W₁ F + b₁ = (1·1 − 1·2 + 0, 1·1 + 1·2 − 1) = (−1, 2), ReLU: (0, 2),
+    Φ = (1, 2): W₁ Φ + b₁ = (1·1 − 1·2 + 0, 1·1 + 1·2 − 1) = (−1, 2), ReLU: (0, 2),
     W₂ (0, 2) + b₂ = (2·0 + 1·2 + 1, 0 − 3·2 + 1) = (3, −5), ReLU: (3, 0).
     """
     encoder = [layer([[1.0, -1.0], [1.0, 1.0]], [0.0, -1.0]),

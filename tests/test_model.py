@@ -80,7 +80,7 @@ def test_backbone_is_torchvisions_resnet():
 
 
 def test_identity_start_makes_r_the_features():
-    """Before training R is exactly F, so trained R is compared with raw features on equal terms."""
+    """Before training R is exactly Φ, so trained R is compared with raw features on equal terms."""
     model = small_model()
     patchae.preserve_distances(model.encoder, model.decoder, torch.rand(50, 192))
     features = model.features(torch.rand(2, 3, 64, 64))
@@ -89,7 +89,7 @@ def test_identity_start_makes_r_the_features():
 
 @pytest.mark.parametrize("channels, most", [(16, 0.9), (128, 0.05), (191, 1e-3)])
 def test_principal_start_keeps_distances_in_fewer_channels(channels, most):
-    """Distances in R are a projection's: never longer than in F, nearly as long with many channels."""
+    """Distances in R are a projection's: never longer than in Φ, nearly as long with many channels."""
     torch.manual_seed(0)
     mixing = torch.randn(192, 192) * torch.logspace(0, -2, 192)[:, None]
     features = (torch.randn(400, 192) @ mixing).abs()
@@ -105,6 +105,13 @@ def test_principal_start_keeps_distances_in_fewer_channels(channels, most):
     expected = torch.pdist(torch.tensor(PCA(channels).fit_transform(features.double().numpy())))
     torch.testing.assert_close(torch.pdist(r).double(), expected, rtol=2e-3, atol=2e-3)
     assert (1 - torch.pdist(r) / torch.pdist(features)).mean() < most
+
+
+def test_more_channels_than_features_are_refused():
+    """They would start at 0, behind a ReLU without a gradient, and never be of use."""
+    with pytest.raises(patchae.UserError, match="--channels 193"):
+        small_model(channels=193)
+    assert small_model(channels=193, encoder_start="random").encoder[0].out_channels == 193
 
 
 def test_gradient_reaches_the_backbone_only_when_fine_tuned():
@@ -266,7 +273,7 @@ def test_code_uses_no_name_before_it_is_defined():
     source = open(patchae.__file__, encoding="utf-8").read()
     method = source[:source.index("# ==== nothing from the paper")]
     defined = {m.group(1): m.start() for m in re.finditer(r"^(?:def|class) (\w+)", method, flags=re.M)}
-    body = re.sub(r'""".*?"""|#.*', lambda m: " " * len(m.group()), method, flags=re.S | re.M)
+    body = re.sub(r'""".*?"""|#[^\n]*', lambda m: " " * len(m.group()), method, flags=re.S)
     for name, start in defined.items():
-        first = re.search(rf"\b{name}\(", body)
+        first = re.search(rf"(?<!\.)\b{name}\(", body)
         assert first is None or first.start() >= start, name

@@ -226,8 +226,8 @@ def test_what_is_normal_does_not_glow_and_the_threshold_is_half_way():
     """One colour scale: below 0.9 thresholds no opacity, above 1.1 the most, at 1 the middle colour."""
     levels = torch.tensor([[0.1, 0.5, 0.89, 1.0, 1.2, 1.5, 9.0]]) * 3.0
     colour, opacity = evaluate.heat(levels, (1, 7), scale=3.0)
-    assert opacity[0, :3, 0].tolist() == [0, 0, 0] and opacity[0, 4:, 0].tolist() == [0.8] * 3
-    assert colour[0, 3] == pytest.approx(evaluate.COLOURS[2]) and opacity[0, 3, 0] == pytest.approx(0.4)
+    assert opacity[0, :3, 0].tolist() == [0, 0, 0] and opacity[0, 4:, 0].tolist() == [0.6] * 3
+    assert colour[0, 3] == pytest.approx(evaluate.COLOURS[2]) and opacity[0, 3, 0] == pytest.approx(0.3)
     assert colour[0, 0].tolist() == colour[0, 1].tolist() == evaluate.COLOURS[0].tolist()
     assert colour[0, 5].tolist() == colour[0, 6].tolist() == evaluate.COLOURS[-1].tolist()
 
