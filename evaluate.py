@@ -56,7 +56,7 @@ def parse(argv):
     add("--no-threshold", action="store_true", help="save the time that the threshold takes")
     add("--memory-fraction", type=float, default=1.0, metavar="F",
         help="random part of the memory (default: 1; less is our choice, not the paper's)")
-    add("--memory-images", type=int, metavar="N", help="only the first N normal images (default: all)")
+    add("--memory-images", type=int, metavar="N", help="only the first N of train/good")
     if parser.parse_args(argv).demo:
         parser.set_defaults(data=make_toy.ROOT, category=[make_toy.CATEGORY])
     args = parser.parse_args(argv)
@@ -69,7 +69,7 @@ def parse(argv):
     return args
 
 
-# ---- memory, scores, threshold -----------------------------------------------------------------
+# ---- memory, scores, threshold ------------------------------------------------------------------
 def batches_of(paths, model, what):
     """Yield (B, 3, H, W) in [0, 1] on the model's device."""
     device = next(model.parameters()).device
@@ -84,39 +84,46 @@ def score_images(paths, model, memory, args, what):
     return torch.cat(maps)
 
 
-def normal_scores(paths, model, memory, args, cache):
-    """The score (E5) of each normal image against the memory without itself, a list.
-
-    They depend on the memory alone and cost as much as scoring that many images, so they are kept
-    in the file `cache`, beside the memory's digest.
-    """
-    digest = None if memory is None else hashlib.sha256(memory.cpu().numpy()).hexdigest()
-    try:
-        kept = json.loads(cache.read_text())
-        if digest and kept["memory"] == digest and len(kept["normal_scores"]) == len(paths):
-            return [float(score) for score in kept["normal_scores"]]
-    except (OSError, ValueError, TypeError, LookupError):
-        pass  # absent, or not one of ours: computed anew
+def normal_scores(paths, model, memory, args):
+    """The score (E5) of each normal image against the memory without itself, a list."""
     scores = []
     for image in batches_of(paths, model, "threshold"):
         for one in image.split(1):
             anomaly_map = patchae.score_maps(model, one, memory, args.score, own=len(scores))
             scores.append(patchae.image_score(anomaly_map).item())
-    text = json.dumps({"memory": digest, "normal_scores": scores}, indent=0)
-    patchae.write_whole(cache, lambda temporary: temporary.write_text(text))
     return scores
 
 
+def kept_scores(path, digest, count):
+    """The normal scores that an earlier run stored for the same memory, or None."""
+    try:
+        kept = json.loads(path.read_text())
+        if digest and kept["memory"] == digest and len(kept["normal_scores"]) == count:
+            return [float(score) for score in kept["normal_scores"]]
+    except (OSError, ValueError, TypeError, LookupError):
+        pass  # absent, or not one of ours
+    return None
+
+
 def find_threshold(paths, model, memory, args, folder):
-    """The --quantile of the normal images' scores, or NaN where there is none; printed."""
+    """The --quantile of the normal images' scores, or NaN where there is none; printed and stored.
+
+    The scores depend on the memory alone and cost as much as scoring that many images: those that
+    are stored with the memory's digest are taken again.
+    """
     if args.no_threshold or (memory is not None and len(paths) < 2):
         reason = "--no-threshold" if args.no_threshold else "one normal image"
         print(f"threshold: undefined ({reason})")
         return math.nan
-    scores = normal_scores(paths, model, memory, args, folder / f"normal_{args.score}.json")
+    path = folder / f"threshold_{args.score}.json"
+    digest = None if memory is None else hashlib.sha256(memory.cpu().numpy()).hexdigest()
+    scores = kept_scores(path, digest, len(paths)) or normal_scores(paths, model, memory, args)
     threshold = float(np.quantile(scores, args.quantile))
     print(f"threshold: {threshold:.4f}, the {args.quantile:g} quantile of the scores of "
           f"{len(scores)} normal images")
+    text = json.dumps({"threshold": threshold, "quantile": args.quantile, "memory": digest,
+                       "normal_scores": scores}, indent=0)
+    patchae.write_whole(path, lambda temporary: temporary.write_text(text))
     return threshold
 
 
@@ -124,16 +131,17 @@ def prepare(name, args, device):
     """The model, the memory (None for reconstruction) and the threshold of a category."""
     path = args.out / name / "checkpoint.pt"
     model = patchae.restore(patchae.load_checkpoint(path), path, args.weights).to(device).eval()
-    paths, memory = patchae.list_images(args.data / name / "train" / "good")[:args.memory_images], None
+    paths = patchae.list_images(args.data / name / "train" / "good")[:args.memory_images]
+    memory = None
     if args.score != "reconstruction":
         batches = batches_of(paths, model, f"{name}: memory")
         memory = patchae.build_memory(model, batches, len(paths), args.score, args.memory_fraction)
     return model, memory, find_threshold(paths, model, memory, args, args.out / name)
 
 
-# ---- labels, masks, metrics ----------------------------------------------------------------------
+# ---- labels, masks, metrics ---------------------------------------------------------------------
 def list_test(folder):
-    """The test set as (image path, type, mask path or None); the type is the parent folder's name."""
+    """The test set as (image path, type, mask path or None); type: the parent folder's name."""
     samples = []
     for path in patchae.list_images(folder / "test"):
         if path.parent.parent != folder / "test":
@@ -185,11 +193,11 @@ def pixel_auroc(samples, maps, size):
 
 
 def upsample(maps, size):
-    """Maps (N, H', W') to a float array (N, *size), bilinear (our choice: smooth, no option)."""
+    """Maps (N, H', W') to a float array (N, *size), bilinear (our choice: smooth)."""
     return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0].numpy()  # (N, *size)
 
 
-# ---- pictures -------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 def heat(anomaly_map, size, scale):
     """Colours (H, W, 3) and opacity (H, W, 1) of a map; `scale` (the threshold) is half-way.
 
@@ -226,7 +234,7 @@ def write_heatmaps(folder, items, scale):
 
 
 def colour_scale(threshold, maps):
-    """What is half-way on the colour scale: the threshold; without one, the largest score ends it."""
+    """What is half-way on the colour scale: the threshold; else the largest score ends it."""
     return threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
 
 
@@ -267,7 +275,7 @@ def write_overview(path, columns, titles, scale):
     patchae.write_picture(path, sheet)
 
 
-# ---- a category, whole ---------------------------------------------------------------------------
+# ---- a category, whole --------------------------------------------------------------------------
 def heatmap_name(path, root):
     """Where the heatmap of an image goes, below its folder of heatmaps; one name for one image."""
     name = path.relative_to(root).as_posix()
@@ -289,7 +297,8 @@ def evaluate_category(name, args, device):
     size = model.config.image_size
     image, pixel = auroc(labels, scores), pixel_auroc(samples, maps, size)
     if math.isnan(image):
-        print(f"image AUROC: undefined (test/ has no {'good' if all(labels) else 'defective'} images)")
+        absent = "good" if all(labels) else "defective"
+        print(f"image AUROC: undefined (test/ has no {absent} images)")
     if not math.isnan(threshold):
         above = [defective for defective, score in zip(labels, scores) if score > threshold]
         print(f"{name}: above the threshold {above.count(False)} of {labels.count(False)} good and "

@@ -287,8 +287,8 @@ class PatchAE(nn.Module):
         self.p = config.image_size // self.grid
         c = config.channels or self.in_channels
         if c > self.in_channels and config.encoder_start == "preserve":
-            raise UserError(f"--channels {c}: ⊕ has only {self.in_channels}, more would stay 0; give "
-                            "at most that, or --encoder-start random")
+            raise UserError(f"--channels {c}: ⊕ has only {self.in_channels}, more would stay 0; "
+                            "give at most that, or --encoder-start random")
         self.encoder = nn.ModuleList([nn.Conv2d(self.in_channels, c, 1), nn.Conv2d(c, c, 1)])
         self.decoder = nn.ModuleList([nn.Conv2d(c, c, 1), nn.Conv2d(c, 3 * self.p**2, 1)])
 
@@ -687,8 +687,8 @@ def build_model(config):
         try:
             state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
         except DAMAGED as error:
-            raise UserError(f"cannot download or read {path} ({error}): put that file into {folder}, or "
-                            "give --weights FILE, or try --weights random") from error
+            raise UserError(f"cannot download or read {path} ({error}): put that file into "
+                            f"{folder}, give --weights FILE, or try --weights random") from error
     elif config.weights != "random":
         state = read_tensors(path, remedy)
     if config.weights != "random":

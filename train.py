@@ -100,19 +100,19 @@ def make_optimizer(model):
 def train_epoch(model, optimizer, batches, epoch, steps):
     """One pass over the normal images; returns the mean loss (E3) per image."""
     config, device = model.config, next(model.parameters()).device
-    total, count = 0.0, 0
+    total, count = torch.zeros((), device=device), 0  # read once, so that a GPU need not wait
     for step in range(steps):
         image, _ = next(batches)
         done = (epoch * steps + step) / (config.epochs * steps)
         for group in optimizer.param_groups:  # cosine: from the full rate to nearly none
             group["lr"] = group["full_lr"] * (1 + math.cos(math.pi * done)) / 2
         rng = seeded(config.seed, epoch, step, "part")
-        loss = patchae.training_loss(model, image.to(device), rng)
+        loss = patchae.training_loss(model, image.to(device, non_blocking=True), rng)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total, count = total + loss.item() * len(image), count + len(image)
-    return total / count
+        total, count = total + loss.detach() * len(image), count + len(image)
+    return total.item() / count
 
 
 @torch.no_grad()
@@ -135,7 +135,8 @@ def resume(path, model, optimizer, count):
     content = patchae.load_checkpoint(path)
     if content["config"] != model.config or content.get("images") != count:
         raise UserError(f"{path}: made with other options or images; {remedy}")
-    patchae.load_tensors(model, patchae.checkpoint_names(model), content.get("tensors"), path, remedy)
+    names = patchae.checkpoint_names(model)
+    patchae.load_tensors(model, names, content.get("tensors"), path, remedy)
     try:
         optimizer.load_state_dict(content["optimizer"])
         return [[int(epoch), float(loss), float(speed)] for epoch, loss, speed in content["log"]]
@@ -164,8 +165,9 @@ def train_category(name, args, config, device):
     else:
         start(model, images)
     patchae.write_csv(folder / "train.csv", LOG, log)  # a folder that cannot be written fails now
-    batches = iter(DataLoader(DefectedImages(images, config), num_workers=args.workers,
-                              batch_sampler=list(batch_keys(config, len(images), len(log)))))
+    keys = list(batch_keys(config, len(images), len(log)))
+    batches = iter(DataLoader(DefectedImages(images, config), batch_sampler=keys,
+                              num_workers=args.workers, pin_memory=device.type == "cuda"))
     for epoch in range(len(log), config.epochs):
         begin = time.monotonic()
         loss = train_epoch(model, optimizer, batches, epoch, steps)
@@ -192,11 +194,13 @@ def main(argv=None):
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
-        print(f"demo: --backbone {config.backbone} --weights {config.weights} --layers "
-              f"{' '.join(map(str, config.layers))} --image-size {config.image_size}, all else as always")
+        layers = " ".join(map(str, config.layers))
+        print(f"demo: --backbone {config.backbone} --weights {config.weights} --layers {layers} "
+              f"--image-size {config.image_size}, all else as always")
         make_toy.draw_if_absent(args.data)
     names = patchae.choose_categories(args.data, args.category)
-    return patchae.each_category(names, lambda name: train_category(name, args, config, device))
+    return patchae.each_category(
+        names, lambda name: train_category(name, args, config, device))
 
 
 if __name__ == "__main__":

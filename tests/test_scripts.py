@@ -160,15 +160,16 @@ def test_threshold_is_the_quantile_of_leave_one_out_scores(workspace, capsys):
             memory = patchae.build_memory(model, batches, len(others), "feature", 1.0)
             maps = evaluate.score_images([path], model, memory, args, "")
             expected.append(maps.max().item())
-    kept = json.loads((workspace / "runs/part/normal_feature.json").read_text())["normal_scores"]
-    np.testing.assert_allclose(kept, expected, rtol=1e-4)
+    kept = json.loads((workspace / "runs/part/threshold_feature.json").read_text())
+    np.testing.assert_allclose(kept["normal_scores"], expected, rtol=1e-4)
     assert threshold == pytest.approx(np.median(expected), rel=1e-3)
+    assert kept["threshold"] == pytest.approx(threshold, abs=1e-4) and kept["quantile"] == 0.5
 
 
 def test_threshold_is_kept_until_the_memory_changes(workspace, monkeypatch):
     """A second run reads the normal scores; with other normal images they are computed anew."""
     run(evaluate.main, *options(workspace))
-    cache = workspace / "runs/part/normal_feature.json"
+    cache = workspace / "runs/part/threshold_feature.json"
     before, left_out = cache.read_text(), []
     score_maps = patchae.score_maps
     monkeypatch.setattr(patchae, "score_maps", lambda *args, own=None: (
@@ -187,7 +188,7 @@ def test_test_labels_do_not_move_the_threshold(workspace, capsys):
     """Defective images renamed good: another AUROC, the same threshold."""
     run(evaluate.main, *options(workspace))
     before = re.search(r"threshold: .*", capsys.readouterr().out).group()
-    (workspace / "runs/part/normal_feature.json").unlink()
+    (workspace / "runs/part/threshold_feature.json").unlink()
     shutil.copy(workspace / "data/part/test/hole/000.png", workspace / "data/part/test/good/009.png")
     run(evaluate.main, *options(workspace))
     out = capsys.readouterr().out
