@@ -261,7 +261,7 @@ def write_histogram(path, scores, labels, threshold):
     patchae.write_picture(path, picture)
 
 
-def write_overview(path, columns, titles, scale):
+def write_overview(path, columns, titles, scale, threshold):
     """A grid with a picture of the colour scale under it; columns: lists of pictures."""
     grid = patchae.picture_grid(list(zip(*columns)), titles)
     sheet = Image.new("RGB", (grid.width, grid.height + MARGIN), "white")
@@ -270,7 +270,8 @@ def write_overview(path, columns, titles, scale):
     colour, _ = heat(ramp, (MARGIN // 2, grid.width // 2), scale)
     sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, grid.height + MARGIN // 4))
     place = (grid.width // 2 + MARGIN // 2, grid.height + MARGIN // 4)
-    text = f"{SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}; half-way, {scale:.2f}: the threshold"
+    middle = "no threshold" if math.isnan(threshold) else "the threshold"
+    text = f"{SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}; half-way {scale:.2f}, {middle}"
     ImageDraw.Draw(sheet).text(place, text, fill="black")
     patchae.write_picture(path, sheet)
 
@@ -316,7 +317,8 @@ def evaluate_category(name, args, device):
         truth = read_mask(mask, path, size) if mask else np.zeros((size, size), bool)
         pictures.insert(1, Image.fromarray(truth).convert("RGB").resize(pictures[0].size))
         columns.append((f"{kind} {scores[i]:.2f}", pictures))
-    write_overview(folder / "overview.png", [c for _, c in columns], [t for t, _ in columns], scale)
+    titles, pictures = zip(*columns)
+    write_overview(folder / "overview.png", pictures, titles, scale, threshold)
     config = model.config
     return [name, args.score, image, pixel, seconds, config.seed, config.backbone,
             Path(config.weights).name]
@@ -336,7 +338,7 @@ def predict_category(name, args, device):
                                             for i in ranked], scale)
     columns = [heat_pictures(paths[i], maps[i], scale) for i in ranked[:RANKED]]
     titles = [f"{paths[i].name[-NAME_END:]} {scores[i]:.2f}" for i in ranked[:RANKED]]
-    write_overview(folder / "predictions.png", columns, titles, scale)
+    write_overview(folder / "predictions.png", columns, titles, scale, threshold)
     patchae.write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
                       [(paths[i], scores[i], decided[i]) for i in ranked])
     for i in ranked[:RANKED]:
