@@ -34,11 +34,9 @@ RESULTS = {
 ABLATIONS = {
     "raw backbone features": ([], ["--score", "backbone"], "default"),
     "trained R, the defaults": ([], [], "default"),
-    "encoder learning rate 3e-4": (["--encoder-lr", "3e-4"], [], "encoder-3e-4"),
     "encoder learning rate 1e-3": (["--encoder-lr", "1e-3"], [], "encoder-1e-3"),
     "random start, trained at 1e-3": (["--encoder-start", "random", "--encoder-lr", "1e-3"], [], "random"),
     "no artificial defects": (["--no-defects"], [], "no-defects"),
-    "no artificial defects, encoder 1e-3": (["--no-defects", "--encoder-lr", "1e-3"], [], "no-defects-1e-3"),
     "128 channels, principal axes": (["--channels", "128"], [], "128"),
     "16 channels, principal axes": (["--channels", "16"], [], "16"),
     "layers 1, 2, 3 on a 64 × 64 grid": (["--layers", "1", "2", "3"], ["--memory-fraction", "0.06"], "layers-123"),
@@ -115,7 +113,7 @@ def main():
     parser.add_argument("--category", nargs="+", required=True)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="imagenet")
-    parser.add_argument("--memory-fraction", default="1")
+    parser.add_argument("--memory-fraction", default="1", help="use another --out for another one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows to run, from 0 (default: all)")
     parser.add_argument("--most", type=int, help="ablations: only the first of train/good, to save time")
