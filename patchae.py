@@ -316,7 +316,7 @@ def reconstruction_loss(rebuilt, patches):
     return patch_errors(rebuilt, patches).mean()
 
 
-DISTANCES_AT_ONCE = 2**22  # our choice: 16 MiB of float32, stays near the processor's cache
+DISTANCES_AT_ONCE = 2**21  # our choice: 8 MiB of float32, fastest of the sizes tried on a CPU
 
 
 def nearest_distance(r, memory):
