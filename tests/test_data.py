@@ -594,6 +594,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")  # torch.load, of the sparse one
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_checkpoints(workspace, capsys, case):
     """Whatever is wrong with a checkpoint: one line with its name and the place."""
