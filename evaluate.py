@@ -161,8 +161,7 @@ def read_mask(path, image_path, size):
     with patchae.opened(path) as file:
         mask = ImageOps.exif_transpose(file)
         if mask.has_transparency_data or mask.mode == "P":
-            mask = mask.convert("RGBA")
-            mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("RGB")
+            mask = patchae.lay_on(mask, "black")
         values = np.asarray(mask)
     wanted = patchae.read_image(image_path).size
     if mask.size != wanted:

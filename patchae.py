@@ -353,13 +353,14 @@ def calibrate_batch_norm(backbone, batches):
 
 
 @torch.no_grad()
-def preserve_distances(encoder, decoder, features):
+def preserve_distances(encoder, decoder, features=None):
     """Start the encoder so that distances in R are those between the features (our choice).
 
     As many channels as features: both layers the identity, and features ≥ 0 pass both ReLUs, so R
-    *is* Φ. Fewer: the first layer projects on the principal axes of `features` (n, C), shifted by
-    twice their range to stay positive; of all projections it keeps the most squared distance. The
-    decoder's first layer takes the mean off again, or the shift would be all that it sees.
+    *is* Φ. Fewer: the first layer projects on the principal axes of `features` (n, C; needed only
+    then), shifted by twice their range to stay positive; of all projections it keeps the most
+    squared distance. The decoder's first layer takes the mean off again, or the shift would be
+    all that it sees.
     """
     for layer in encoder:
         nn.init.dirac_(layer.weight)
@@ -576,17 +577,21 @@ def opened(path):
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
 
 
+def lay_on(image, colour):
+    """The image as RGB; where it is transparent, the colour shows."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    return image.convert("RGB")
+
+
 def read_image(path):
     """An upright RGB image of 8 bits. Transparency is laid on white (our choice: like paper)."""
     with opened(path) as file:
         if file.mode[0] in "IF" or re.search(";16[BLNS]", str(file.tile)):
             raise UserError(f"{path}: 16-bit or float pixels would be clipped; scale all images "
                             "alike to 8 bits and save them as PNG")
-        image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return lay_on(ImageOps.exif_transpose(file), "white")
 
 
 def read_batches(paths, model, what):
@@ -594,6 +599,7 @@ def read_batches(paths, model, what):
     size, smallest = model.config.image_size, model.p
 
     def read(path):
+        """One (3, size, size) uint8."""
         image = read_image(path)
         if min(image.size) < smallest:
             raise UserError(f"{path}: {image.width} × {image.height} pixels are smaller than a "

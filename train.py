@@ -79,12 +79,15 @@ def start(model, images):
     batches = [batch.to(device) for batch in images.split(config.batch_size)]
     if config.weights == "random":
         patchae.calibrate_batch_norm(model.backbone, (batch / 255 for batch in batches))
-    if config.encoder_start == "preserve":
+    if config.encoder_start == "random":
+        return
+    features = None
+    if model.encoder[0].out_channels < model.in_channels:  # else the identity
         rng = seeded(config.seed, "start")
         places = torch.randperm(model.grid**2, generator=rng)[:START_PLACES].to(device)
         sample = [model.features(batch / 255).flatten(2)[:, :, places] for batch in batches]
         features = torch.cat(sample).transpose(1, 2).flatten(0, 1)  # (n, C)
-        patchae.preserve_distances(model.encoder, model.decoder, features)
+    patchae.preserve_distances(model.encoder, model.decoder, features)
 
 
 def make_optimizer(model):

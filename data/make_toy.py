@@ -148,6 +148,7 @@ def draw_set(root, seed=0):
     rng = np.random.default_rng(seed)
 
     def save(image, *place):
+        """Write one image below the category's folder."""
         path = root.joinpath(CATEGORY, *place)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
