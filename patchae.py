@@ -89,7 +89,7 @@ class Config:
         choices=("preserve", "random"))
     defects: bool = option(True, "artificial defects in training (paper)")
     patch_fraction: float = option(
-        0.25, "part of the patches in a step (our choice: saves time; each learns alone)", 0.01, 1)
+        0.125, "part of the patches in a step (our choice: saves time; each learns alone)", 0.01, 1)
     epochs: int = option(20, "passes over the images (our choice: the loss is flat then)", 0, 10000)
     batch_size: int = option(8, "images per step (our choice: fits any machine)", 1, 4096)
     lr: float = option(2e-3, "decoder, Adam and cosine (our choice: rebuilds well by then)", 0, 1)
@@ -508,7 +508,10 @@ def choose_categories(root, names):
     unknown = [name for name in names if name not in (*there, "all")]
     if unknown or not names:
         raise UserError(f"--category {' '.join(unknown)}: not in {root}; in it: {', '.join(there)}")
-    return there if "all" in names else list(dict.fromkeys(names))
+    chosen = there if "all" in names else list(dict.fromkeys(names))
+    if "mean" in chosen:
+        raise UserError(f"{root / 'mean'}: so the means are called in results.csv; rename the folder")
+    return chosen
 
 
 def each_category(names, work):

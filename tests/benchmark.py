@@ -78,6 +78,18 @@ def compare(work, floor, device, repeats):
     return (*(statistics.median(column) for column in zip(*pairs)), ratio, peak.mib)
 
 
+def drawing(model, images, repeats, device):
+    """A row: artificial defects drawn by one process, beside the bare backbone forward."""
+    dataset, batch = train.DefectedImages(images, model.config), model.config.batch_size
+
+    def floor():
+        with torch.inference_mode():
+            for part in images.split(batch):
+                model.backbone((part / 255).to(device))
+
+    return compare(lambda: [dataset[0, i] for i in range(len(images))], floor, device, repeats)
+
+
 def training_step(model, images, workers, repeats, device):
     """A row: steps of train.py, defects drawn on the way, beside the bare backbone forward."""
     config = model.config
@@ -127,7 +139,7 @@ def main():
     args = parser.parse_args()
     device = patchae.choose_device(args.device)
     print(f"{platform.machine()}, {args.image_size} px, batch {args.batch_size}, {args.repeats} repeats")
-    print(f"{'':34} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
+    print(f"{'':42} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
     rows = []
     for name in args.backbone:
         config = patchae.Config(backbone=name, weights="random", image_size=args.image_size,
@@ -136,15 +148,16 @@ def main():
             model = patchae.build_model(config)[0].to(device)
         images = torch.randint(0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size),
                                dtype=torch.uint8)
-        work = [("training step", 0, len(images), lambda: training_step(
-            model, images, args.workers, args.repeats, device))]
+        work = [("drawing defects", 0, len(images), lambda: drawing(model, images, args.repeats, device)),
+                ("training step", 0, len(images), lambda: training_step(
+                    model, images, args.workers, args.repeats, device))]
         work += [("scoring", size, 1, lambda size=size: scoring(model, size, args.repeats, device))
                  for size in args.sizes]
         for what, size, count, measure in work:
             own, floor, ratio, mib = measure()
             rows.append([what, name, device.type, size, *(round(1000 * s / count, 2) for s in (own, floor)),
                          round(ratio, 3), round(mib)])
-            print(f"{what:14} {name:16} {size or '':>9} {rows[-1][4]:9.1f} {rows[-1][5]:9.1f} "
+            print(f"{what:15} {name:16} {size or '':>9} {rows[-1][4]:9.1f} {rows[-1][5]:9.1f} "
                   f"{ratio:6.2f} {mib:9.0f}", flush=True)
     patchae.write_csv(args.csv, HEADER, rows)
 

@@ -457,6 +457,8 @@ def test_wrong_folders(workspace, capsys, main):
     draw_dataset(data, "other", train=1, good=0, bad=0)
     fails(capsys, main, ["--data", data, "--category", "part", "nix", *out], "nix", "other, part")
     fails(capsys, main, ["--data", data, *out], "--category", "other, part")
+    draw_dataset(data, "mean", train=1, good=0, bad=0)
+    fails(capsys, main, ["--data", data, "--category", "mean", *out], data / "mean", "rename")
 
 
 def test_empty_folders(workspace, capsys):
