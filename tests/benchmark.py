@@ -3,8 +3,9 @@
     python tests/benchmark.py [--backbone NAME ...] [--device NAME] [--sizes N ...] [--csv FILE]
 
 The floor of a training step is the bare backbone forward; the floor of scoring is that forward plus
-torch.mm of every vector with the whole memory, in the same blocks, keeping nothing. Both are timed in
-turn with the real thing, so that a busy machine slows both; the ratio is the median over --repeats.
+one torch.mm of the image's vectors with the whole memory. The same product in blocks that stay in the
+cache is a lower floor still: `in blocks` is the ratio to that. All are timed in turn with the real
+thing, so that a busy machine slows them alike; a ratio is the median over --repeats.
 Peak memory is what the process (or the GPU) held at most, above what it held before that step.
 """
 import argparse
@@ -25,7 +26,7 @@ import patchae  # noqa: E402
 import train  # noqa: E402
 
 HEADER = ["what", "backbone", "device", "memory_vectors", "ms_per_image", "floor_ms_per_image",
-          "ratio", "peak_mib"]
+          "ratio", "ratio_in_blocks", "peak_mib"]
 
 
 def resident(peak=False):
@@ -68,14 +69,19 @@ def seconds(work, device):
     return time.perf_counter() - begin
 
 
-def compare(work, floor, device, repeats):
-    """Median seconds of work and of its floor, median ratio, peak MiB of work; in turn, warmed up."""
-    floor()
+def compare(work, floors, device, repeats):
+    """Median seconds of work and of the first floor, median ratio to each, peak MiB of work.
+
+    They run in turn, after one round to warm up, in which the peak is taken first.
+    """
     with Peak(device) as peak:
         work()
-    pairs = [(seconds(work, device), seconds(floor, device)) for _ in range(repeats)]
-    ratio = statistics.median(a / b for a, b in pairs)
-    return (*(statistics.median(column) for column in zip(*pairs)), ratio, peak.mib)
+    for floor in floors:
+        floor()
+    rounds = [[seconds(each, device) for each in (work, *floors)] for _ in range(repeats)]
+    own, first, *_ = (statistics.median(column) for column in zip(*rounds))
+    ratios = [statistics.median(r[0] / r[i] for r in rounds) for i in range(1, len(floors) + 1)]
+    return own, first, ratios, peak.mib
 
 
 def drawing(model, images, repeats, device):
@@ -87,7 +93,7 @@ def drawing(model, images, repeats, device):
             for part in images.split(batch):
                 model.backbone((part / 255).to(device))
 
-    return compare(lambda: [dataset[0, i] for i in range(len(images))], floor, device, repeats)
+    return compare(lambda: [dataset[0, i] for i in range(len(images))], [floor], device, repeats)
 
 
 def training_step(model, images, workers, repeats, device):
@@ -105,7 +111,7 @@ def training_step(model, images, workers, repeats, device):
             for _ in range(steps):
                 model.backbone(batch)
 
-    return compare(lambda: train.train_epoch(model, optimizer, batches, 0, steps), floor, device, repeats)
+    return compare(lambda: train.train_epoch(model, optimizer, batches, 0, steps), [floor], device, repeats)
 
 
 @torch.inference_mode()
@@ -116,12 +122,13 @@ def scoring(model, size, repeats, device):
     image = torch.rand(1, 3, model.config.image_size, model.config.image_size, device=device)
     r = torch.rand(model.grid**2, channels, device=device)
 
-    def floor():
+    def floor(at_once):
         model.backbone(image)
-        for block in memory[0].split(max(1, patchae.DISTANCES_AT_ONCE // len(r))):
+        for block in memory[0].split(at_once):
             torch.mm(r, block.T)
 
-    return compare(lambda: patchae.score_maps(model, image, memory, "feature"), floor, device, repeats)
+    floors = [lambda: floor(size), lambda: floor(patchae.DISTANCES_AT_ONCE[device.type] // len(r))]
+    return compare(lambda: patchae.score_maps(model, image, memory, "feature"), floors, device, repeats)
 
 
 def main():
@@ -139,7 +146,7 @@ def main():
     args = parser.parse_args()
     device = patchae.choose_device(args.device)
     print(f"{platform.machine()}, {args.image_size} px, batch {args.batch_size}, {args.repeats} repeats")
-    print(f"{'':42} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
+    print(f"{'':42} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'in blocks':>9} {'peak MiB':>9}")
     rows = []
     for name in args.backbone:
         config = patchae.Config(backbone=name, weights="random", image_size=args.image_size,
@@ -154,11 +161,12 @@ def main():
         work += [("scoring", size, 1, lambda size=size: scoring(model, size, args.repeats, device))
                  for size in args.sizes]
         for what, size, count, measure in work:
-            own, floor, ratio, mib = measure()
-            rows.append([what, name, device.type, size, *(round(1000 * s / count, 2) for s in (own, floor)),
-                         round(ratio, 3), round(mib)])
-            print(f"{what:15} {name:16} {size or '':>9} {rows[-1][4]:9.1f} {rows[-1][5]:9.1f} "
-                  f"{ratio:6.2f} {mib:9.0f}", flush=True)
+            own, floor, ratios, mib = measure()
+            ms, cells = [1000 * value / count for value in (own, floor)], [f"{r:.2f}" for r in ratios]
+            cells += [""] * (2 - len(cells))
+            rows.append([what, name, device.type, size, *(round(v, 2) for v in ms), *cells, round(mib)])
+            print(f"{what:15} {name:16} {size or '':>9} {ms[0]:9.1f} {ms[1]:9.1f} {cells[0]:>6} "
+                  f"{cells[1]:>9} {mib:9.0f}", flush=True)
     patchae.write_csv(args.csv, HEADER, rows)
 
 

@@ -84,7 +84,7 @@ def test_E4_distance_by_hand():
 @pytest.mark.parametrize("at_once", [1, 7 * 3, 7 * 50, 10**6])
 def test_E4_agrees_with_scikit_learn_whatever_the_block(monkeypatch, at_once):
     """The blocks, down to one vector at a time, leave no vector of the memory out."""
-    monkeypatch.setattr(patchae, "DISTANCES_AT_ONCE", at_once)
+    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", at_once)
     torch.manual_seed(0)
     r, memory = 3 + torch.rand(7, 40), 3 + torch.rand(101, 40)
     expected, _ = NearestNeighbors(n_neighbors=1).fit(memory.double()).kneighbors(r.double())

@@ -211,7 +211,7 @@ def test_search_holds_a_bounded_number_of_distances(monkeypatch):
     """No call of cdist is larger than DISTANCES_AT_ONCE, however large the memory."""
     largest, cdist = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda a, b: largest.append(len(a) * len(b)) or cdist(a, b))
-    monkeypatch.setattr(patchae, "DISTANCES_AT_ONCE", 1000)
+    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", 1000)
     patchae.nearest_distance(torch.rand(30, 8), torch.rand(5000, 8))
     assert len(largest) > 100 and max(largest) <= 1000
 

@@ -312,7 +312,7 @@ def test_scores_are_the_same_for_every_batch_size_and_block(workspace, monkeypat
     """Scoring in other batches and blocks changes the scores by less than 1e-4 of their size."""
     run(evaluate.main, *options(workspace))
     before = [float(row["score"]) for row in rows(workspace / "runs/part/scores.csv")]
-    monkeypatch.setattr(patchae, "DISTANCES_AT_ONCE", 256 * 100)
+    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", 256 * 100)
     content = patchae.load_checkpoint(workspace / "runs/part/checkpoint.pt")
     content["config"].batch_size = 1
     content["config"] = patchae.asdict(content["config"])
