@@ -10,7 +10,7 @@ Peak memory is what the process (or the GPU) held at most, above what it held be
 """
 import argparse
 import contextlib
-import csv
+import ctypes
 import io
 import platform
 import statistics
@@ -50,6 +50,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated() / 2**20
         else:
+            with contextlib.suppress(AttributeError, TypeError):
+                ctypes.CDLL(None).malloc_trim(0)  # else free memory kept from before hides the peak
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
             self.start = resident()
