@@ -512,7 +512,7 @@ def choose_categories(root, names):
         raise UserError(f"--category {' '.join(unknown)}: not in {root}; in it: {', '.join(there)}")
     chosen = there if "all" in names else list(dict.fromkeys(names))
     if "mean" in chosen:
-        raise UserError(f"{root / 'mean'}: so the means are called in results.csv; rename the folder")
+        raise UserError(f"{root / 'mean'}: results.csv calls the means so; rename the folder")
     return chosen
 
 
