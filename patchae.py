@@ -456,6 +456,7 @@ def script(main):
     """Turn main(argv) into a script: a UserError becomes one line on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
+        """main(argv), or the exit code of its error; help() shows main's own text."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of a damaged file we speak once
             warnings.simplefilter("error", Image.DecompressionBombWarning)

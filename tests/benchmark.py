@@ -86,15 +86,22 @@ def compare(work, floors, device, repeats):
     return own, first, ratios, peak.mib
 
 
+def bare_forward(model, images, steps, device):
+    """A floor: the backbone alone, `steps` times on the first batch of the images."""
+    batch = (images[:model.config.batch_size] / 255).to(device)
+
+    @torch.inference_mode()
+    def floor():
+        for _ in range(steps):
+            model.backbone(batch)
+
+    return floor
+
+
 def drawing(model, images, repeats, device):
     """A row: artificial defects drawn by one process, beside the bare backbone forward."""
-    dataset, batch = train.DefectedImages(images, model.config), model.config.batch_size
-
-    def floor():
-        with torch.inference_mode():
-            for part in images.split(batch):
-                model.backbone((part / 255).to(device))
-
+    dataset, steps = train.DefectedImages(images, model.config), len(images) // model.config.batch_size
+    floor = bare_forward(model, images, steps, device)
     return compare(lambda: [dataset[0, i] for i in range(len(images))], [floor], device, repeats)
 
 
@@ -106,13 +113,7 @@ def training_step(model, images, workers, repeats, device):
     batches = iter(DataLoader(train.DefectedImages(images, config), batch_sampler=keys,
                               num_workers=workers))
     optimizer, steps = train.make_optimizer(model), len(images) // config.batch_size
-    batch = (images[:config.batch_size] / 255).to(device)
-
-    def floor():
-        with torch.inference_mode():
-            for _ in range(steps):
-                model.backbone(batch)
-
+    floor = bare_forward(model, images, steps, device)
     return compare(lambda: train.train_epoch(model, optimizer, batches, 0, steps), [floor], device, repeats)
 
 
@@ -164,8 +165,8 @@ def main():
                  for size in args.sizes]
         for what, size, count, measure in work:
             own, floor, ratios, mib = measure()
-            ms, cells = [1000 * value / count for value in (own, floor)], [f"{r:.2f}" for r in ratios]
-            cells += [""] * (2 - len(cells))
+            ms = [1000 * value / count for value in (own, floor)]
+            cells = [*(f"{ratio:.2f}" for ratio in ratios), ""][:2]  # in blocks: only for scoring
             rows.append([what, name, device.type, size, *(round(v, 2) for v in ms), *cells, round(mib)])
             print(f"{what:15} {name:16} {size or '':>9} {ms[0]:9.1f} {ms[1]:9.1f} {cells[0]:>6} "
                   f"{cells[1]:>9} {mib:9.0f}", flush=True)
