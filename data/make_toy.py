@@ -1,75 +1,106 @@
-"""Draw the toy data set: a machined flange under a fixed camera, in the MVTec AD layout.
+"""Draw the toy data set, a machined flange and a sheet of felt, in the MVTec AD layout.
 
     python data/make_toy.py [--out FOLDER] [--seed N]
 
-40 normal training images, 20 normal and 32 defective test images (scratch, stain, chip, fibre) with
-masks. Every image has its own small shift, turn, light and sensor noise. The defects are drawn by
-code that shares nothing with the artificial defects of training. About 10 s.
+Each has 40 normal training, 20 normal and 32 defective test images, and masks. The defects share
+no code with the artificial defects of training. About 8 s.
 """
 import argparse
-import math
 import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 ROOT = Path(__file__).parent / "toy"
-CATEGORY = "flange"
 SIZE = 256                           # pixels: the network's input, so that nothing is lost
-SCALE = 3                            # drawn larger and shrunk, for smooth edges
-TRAIN, GOOD, PER_DEFECT = 40, 20, 8  # images
-RIM, GROOVE, BORE = 0.44, 0.27, 0.13       # radii of the part, in parts of the image side
-BOLT_CIRCLE, BOLT, BOLTS = 0.355, 0.042, 6
-BACKGROUND = 34                      # grey level
-SHIFT, TURN = 0.8, 0.5               # pixels, degrees: how well the fixture holds the part
-STROKE = 3                           # pixels: width of scratches and fibres
+SCALE = 2                            # drawn larger and shrunk, for smooth edges
+TRAIN, GOOD, PER_DEFECT = 40, 20, 8  # images of each category
 LIGHT, NOISE = 0.04, 2.0             # relative change of light; grey levels of sensor noise
+STEEL, GREEN = (0.97, 1.0, 1.04), (0.78, 1.0, 0.94)  # tints of the flange and of the felt
+TABLE = 34                           # grey level of the dark table under both
+
+# The flange: radii and widths in parts of the image side, colours in grey levels.
+RIM, BORE = 0.44, 0.13               # outer and inner radius
+METAL, RINGS, SHEEN = 148, 5, 22     # mean grey, unevenness left by the lathe, how much it shines
+EDGE, EDGES = 0.012, ((RIM, 205), (0.27, 92), (BORE + 0.03, 196))  # width; radii and greys
+BOLTS, BOLT_CIRCLE, BOLT_DISCS = 6, 0.355, ((0.054, 188), (0.042, 24))  # each a bevel and a hole
+SHIFT, TILT = 0.8, 0.5               # pixels, degrees: how well the fixture holds the part
+
+# The felt: bent hairs, the later ones on top; lengths in pixels of the larger drawing.
+HAIRS, HAIR_WIDTH = 9000, 2          # enough to cover nearly everything, with a look of depth
+HAIR_PARTS, HAIR_PART, HAIR_BEND = 4, 16, 0.35  # straight parts, their length, radians between
+FELT_MARGIN = HAIR_PARTS * HAIR_PART  # drawn around the frame: no hair from farther reaches it
+HAIR_GREYS, SHADE, DEPTH = (75, 170), 0.75, 85  # SHADE dims the lowest hairs; DEPTH is below them
+
+# The defects: lengths in pixels, angles in radians; (low, high) is a range, high not included.
+MARGIN = 24                          # from the rim of the material to the middle of a defect
+BORDER_EVERY = 4                     # but every fourth defect of a texture is on the image border
+SHARP, SOFT = 0.6, 1.5               # blur of a rim: about what a lens does; a fading one
+STROKES, STROKE_WIDTH, STROKE_TURN = (2, 4), 3, 0.12  # of a gouge: 2 or 3, nearly parallel
+STROKE_SHIFT, STROKE_LENGTH, BURR = (-5, 5), (28, 46), (70, 110)  # BURR: grey levels added
+DROPS, DROP, DROP_SPREAD = 4, (6, 11), 5  # of a spot: discs, their radius and distance
+CHIP, HOLE, THIN, CORNERS = (8, 15), (6, 13), (10, 20), 13  # radii of ragged patches
+CURL_STEPS, CURL_STEP, CURL_AIM = 18, 4, 0.8  # number, length; AIM: how far from the middle
+CURL_BEND, CURL_DRIFT = 0.08, 0.05   # turn of a step, and how much it changes from step to step
+FIBRE_WIDTH, THREAD_WIDTH = 3, 4
+DYES = ((176, 46, 50), (46, 66, 160), (206, 190, 140))  # red, blue, ecru
+OIL, OIL_OPACITY = (96, 66, 30), (0.55, 0.8)  # brown, hides what is below
+GREASE, GREASE_OPACITY = (0.62, 0.54, 0.34), (0.5, 0.9)  # the part of the light it lets pass
+LAMP, LAMP_OPACITY = (214, 226, 208), (0.25, 0.5)  # light from below, where felt is thin
 
 
-def disc(draw, centre, radius, fill):
-    """A filled circle; centre (x, y) and radius in pixels."""
-    x, y = centre
-    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+def along(turn):
+    """Unit vectors (..., 2) in the directions `turn`, in radians."""
+    return np.stack([np.cos(turn), np.sin(turn)], axis=-1)
 
 
-def brushed(side, rng):
-    """Grey levels (side, side) of metal turned on a lathe: fine rings that differ a little."""
+def disc(draw, centre, radius, **paint):
+    """A circle, painted as Pillow's ellipse is; centre (x, y) and radius in pixels."""
+    draw.ellipse([*np.subtract(centre, radius), *np.add(centre, radius)], **paint)
+
+
+# ---- normal images: (SIZE, SIZE, 3) float grey levels -------------------------------------------
+def turned(side, rng):
+    """A disc of metal (side, side) as the lathe leaves it: fine rings that differ a little."""
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    rings = rng.normal(0, 1, side)[radius.astype(int) % side]
-    return 148 + 22 * np.cos(2 * (angle - 0.6)) + 5 * rings
+    radius = np.hypot(x, y)
+    rings = rng.normal(0, RINGS, side)[radius.astype(int)]
+    metal = METAL + SHEEN * np.cos(2 * np.arctan2(y, x)) + rings
+    return np.where(radius < RIM * side, metal, TABLE)
 
 
-def draw_part(rng):
-    """A normal flange (SIZE, SIZE, 3), float grey levels, before light and noise."""
+def draw_flange(rng):
+    """A normal flange, moved and tilted a little, on the table."""
     side = SIZE * SCALE
-    metal = Image.fromarray(brushed(side, rng).clip(0, 255).astype(np.uint8))
-    part = Image.new("L", (side, side), BACKGROUND)
-    centre, shape = (side / 2, side / 2), Image.new("L", (side, side))
-    draw = ImageDraw.Draw(shape)
-    disc(draw, centre, RIM * side, 255)
-    part.paste(metal, mask=shape)
+    centre = np.array([side / 2, side / 2])
+    part = Image.fromarray(turned(side, rng).clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(part)
-    for radius, grey in ((RIM, 205), (GROOVE, 92), (BORE + 0.03, 196)):
-        x, r = side / 2, radius * side
-        draw.ellipse([x - r, x - r, x + r, x + r], outline=grey, width=round(side * 0.012))
-    disc(draw, centre, BORE * side, 20)
-    for k in range(BOLTS):
-        turn = 2 * math.pi * k / BOLTS
-        place = tuple(side / 2 + BOLT_CIRCLE * side * f(turn) for f in (math.cos, math.sin))
-        disc(draw, place, (BOLT + 0.012) * side, 188)
-        disc(draw, place, BOLT * side, 24)
-    return part
-
-
-def photograph(part, rng):
-    """What the camera sees: the part, moved and turned a little, as (SIZE, SIZE, 3) floats."""
+    for radius, grey in EDGES:
+        disc(draw, centre, radius * side, outline=grey, width=round(EDGE * side))
+    disc(draw, centre, BORE * side, fill=TABLE)
+    for place in centre + BOLT_CIRCLE * side * along(np.arange(BOLTS) * 2 * np.pi / BOLTS):
+        for radius, grey in BOLT_DISCS:
+            disc(draw, place, radius * side, fill=grey)
     shift = tuple(SCALE * rng.uniform(-SHIFT, SHIFT, 2))
-    seen = part.rotate(rng.uniform(-TURN, TURN), Image.Resampling.BICUBIC, translate=shift,
-                       fillcolor=BACKGROUND)
-    seen = np.asarray(seen.resize((SIZE, SIZE), Image.Resampling.LANCZOS), dtype=float)
-    return seen[:, :, None] * np.array([0.97, 1.0, 1.04])  # steel is slightly blue
+    seen = part.rotate(rng.uniform(-TILT, TILT), Image.BICUBIC, translate=shift, fillcolor=TABLE)
+    seen = np.asarray(seen.resize((SIZE, SIZE), Image.LANCZOS), dtype=float)
+    return seen[:, :, None] * STEEL
+
+
+def draw_felt(rng):
+    """A normal piece of felt, cut out of a larger one so that its border is like its middle."""
+    side = SIZE * SCALE + 2 * FELT_MARGIN
+    bends = rng.normal(0, HAIR_BEND, (HAIRS, HAIR_PARTS)).cumsum(axis=1)
+    parts = HAIR_PART * along(rng.uniform(0, 2 * np.pi, (HAIRS, 1)) + bends)
+    joints = rng.uniform(0, side, (HAIRS, 1, 2)) + parts.cumsum(axis=1)
+    greys = rng.uniform(*HAIR_GREYS, HAIRS) * np.linspace(SHADE, 1, HAIRS)
+    sheet = Image.new("L", (side, side), DEPTH)
+    draw = ImageDraw.Draw(sheet)
+    for line, grey in zip(joints.reshape(HAIRS, -1).tolist(), greys.astype(int).tolist()):
+        draw.line(line, fill=grey, width=HAIR_WIDTH)
+    seen = np.asarray(ImageOps.crop(sheet, FELT_MARGIN).reduce(SCALE), dtype=float)
+    return seen[:, :, None] * GREEN
 
 
 def expose(image, rng):
@@ -79,100 +110,145 @@ def expose(image, rng):
     return (image + rng.normal(0, NOISE, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def on_metal(rng, margin):
-    """A random place (x, y) on the flange, `margin` pixels away from bore and rim."""
-    radius = rng.uniform(BORE * SIZE + margin, RIM * SIZE - margin)
-    turn = rng.uniform(0, 2 * math.pi)
-    return np.array([SIZE / 2 + radius * math.cos(turn), SIZE / 2 + radius * math.sin(turn)])
+# ---- defects: draw into a float image (SIZE, SIZE, 3) and fill in its empty mask -----------------
+def on_metal(rng):
+    """A random place (x, y) on the flange, away from bore and rim."""
+    radius = rng.uniform(BORE * SIZE + MARGIN, RIM * SIZE - MARGIN)
+    return SIZE / 2 + radius * along(rng.uniform(0, 2 * np.pi))
 
 
-def blurred(mask, radius):
-    """Opacity (SIZE, SIZE, 1) in [0, 1] of a drawn mask."""
-    return np.asarray(mask.filter(ImageFilter.GaussianBlur(radius)), dtype=float)[:, :, None] / 255
+def inside(rng):
+    """A random place (x, y) in the image, away from its border."""
+    return rng.uniform(MARGIN, SIZE - MARGIN, 2)
 
 
-def scratch(image, mask, rng):
+def on_border(rng):
+    """A random place (x, y) on one of the four sides of the image, away from its corners."""
+    return rng.permutation([rng.uniform(MARGIN, SIZE - MARGIN), rng.choice([0, SIZE - 1])])
+
+
+def painted(image, mask, rim, colour, opacity=1.0):
+    """The image with a colour over it where the mask is; the rim is blurred by `rim` pixels."""
+    alpha = np.asarray(mask.filter(ImageFilter.GaussianBlur(rim)), dtype=float) / 255
+    return image + opacity * alpha[:, :, None] * (np.asarray(colour) - image)
+
+
+def spot(mask, centre, rng):
+    """Fill overlapping discs, one of them at the centre: a drop that ran a little."""
+    for shift in [(0, 0), *rng.normal(0, DROP_SPREAD, (DROPS, 2))]:
+        disc(ImageDraw.Draw(mask), centre + shift, rng.uniform(*DROP), fill=255)
+
+
+def ragged(mask, centre, radii, rng):
+    """Fill a jagged polygon whose corners lie in all directions of the centre."""
+    turns = (np.arange(CORNERS) + rng.uniform(0, 1, CORNERS)) * 2 * np.pi / CORNERS
+    points = centre + rng.uniform(*radii, (CORNERS, 1)) * along(turns)
+    ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
+
+
+def gouge(image, mask, rng):
     """Two or three straight strokes in nearly one direction, with a bright burr."""
-    draw, start = ImageDraw.Draw(mask), on_metal(rng, 24)
-    turn = rng.uniform(0, 2 * math.pi)
-    for _ in range(rng.integers(2, 4)):
-        start = start + rng.uniform(-5, 5, 2)
-        angle, length = turn + rng.normal(0, 0.12), rng.uniform(28, 46)
-        end = start + length * np.array([math.cos(angle), math.sin(angle)])
-        draw.line([*start, *end], fill=255, width=STROKE)
-    return image + blurred(mask, 0.6) * rng.uniform(70, 110)
+    start = on_metal(rng)
+    turn = rng.uniform(0, 2 * np.pi)
+    for _ in range(rng.integers(*STROKES)):
+        start = start + rng.uniform(*STROKE_SHIFT, 2)
+        end = start + rng.uniform(*STROKE_LENGTH) * along(turn + rng.normal(0, STROKE_TURN))
+        ImageDraw.Draw(mask).line([*start, *end], fill=255, width=STROKE_WIDTH)
+    return painted(image, mask, SHARP, image + rng.uniform(*BURR))
 
 
-def stain(image, mask, rng):
-    """A brown drop of oil: overlapping discs with a soft rim."""
-    draw, centre = ImageDraw.Draw(mask), on_metal(rng, 24)
-    for _ in range(5):
-        disc(draw, centre + rng.normal(0, 5, 2), rng.uniform(6, 11), 255)
-    alpha = blurred(mask, 1.5) * rng.uniform(0.55, 0.8)
-    return image * (1 - alpha) + alpha * np.array([96, 66, 30])
+def oil(image, mask, rng):
+    """A brown drop of oil with a soft rim."""
+    spot(mask, on_metal(rng), rng)
+    return painted(image, mask, SOFT, OIL, rng.uniform(*OIL_OPACITY))
 
 
 def chip(image, mask, rng):
-    """A bite out of the outer rim: a jagged polygon through which the background shows."""
-    turn = rng.uniform(0, 2 * math.pi)
-    centre = SIZE / 2 + RIM * SIZE * np.array([math.cos(turn), math.sin(turn)])
-    angles = np.sort(rng.uniform(0, 2 * math.pi, 9))
-    corners = [centre + rng.uniform(8, 15) * np.array([math.cos(a), math.sin(a)]) for a in angles]
-    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners], fill=255)
-    part = Image.new("L", mask.size)
-    disc(ImageDraw.Draw(part), (SIZE / 2, SIZE / 2), RIM * SIZE, 255)
-    mask.paste(ImageChops.multiply(mask, part))  # no defect where there was only background
-    alpha = blurred(mask, 0.7)
-    return image * (1 - alpha) + alpha * BACKGROUND
+    """A bite out of the outer rim, through which the table shows."""
+    ragged(mask, SIZE / 2 + RIM * SIZE * along(rng.uniform(0, 2 * np.pi)), CHIP, rng)
+    middle = (SIZE / 2, SIZE / 2)  # beyond the rim there was nothing but the table: no defect
+    disc(ImageDraw.Draw(mask), middle, SIZE, outline=0, width=round((1 - RIM) * SIZE))
+    return painted(image, mask, SHARP, TABLE)
 
 
-def fibre(image, mask, rng):
-    """A coloured textile fibre that fell on the part: a long thin curl."""
-    point, turn = on_metal(rng, 24), rng.uniform(0, 2 * math.pi)
-    bend, points = rng.normal(0, 0.08), []
-    for _ in range(36):
-        points.append(tuple(point))
-        turn, bend = turn + bend, bend + rng.normal(0, 0.03)
-        point = point + 2 * np.array([math.cos(turn), math.sin(turn)])
-    ImageDraw.Draw(mask).line(points, fill=255, width=STROKE, joint="curve")
-    colour = np.array([[170, 40, 45], [40, 70, 170], [40, 140, 60]])[rng.integers(3)]
-    alpha = blurred(mask, 0.6)
-    return image * (1 - alpha) + alpha * colour
+def fibre(image, mask, rng, place=on_metal, width=FIBRE_WIDTH):
+    """A coloured fibre, a long curl; sets out roughly to the middle, so that it stays in sight."""
+    start = place(rng)
+    turn = np.arctan2(*(SIZE / 2 - start)[::-1]) + rng.normal(0, CURL_AIM)
+    bends = rng.normal(0, CURL_BEND) + rng.normal(0, CURL_DRIFT, CURL_STEPS).cumsum()
+    points = start + CURL_STEP * along(turn + bends.cumsum()).cumsum(axis=0)
+    ImageDraw.Draw(mask).line([*start, *points.ravel()], fill=255, width=width, joint="curve")
+    return painted(image, mask, SHARP, rng.choice(DYES))
 
 
-DEFECTS = (scratch, stain, chip, fibre)
+def hole(image, mask, rng, place=inside):
+    """A ragged hole through which the table shows."""
+    ragged(mask, place(rng), HOLE, rng)
+    return painted(image, mask, SHARP, TABLE)
 
 
-def draw_set(root, seed=0):
-    """Write the whole data set to root/CATEGORY, the same for the same seed."""
-    rng = np.random.default_rng(seed)
+def thread(image, mask, rng, place=inside):
+    """A loose sewing thread, thicker than a fibre."""
+    return fibre(image, mask, rng, place, THREAD_WIDTH)
+
+
+def grease(image, mask, rng, place=inside):
+    """A dark yellowish spot that soaked in: what it covers can still be seen."""
+    spot(mask, place(rng), rng)
+    return painted(image, mask, SOFT, image * GREASE, rng.uniform(*GREASE_OPACITY))
+
+
+def thin(image, mask, rng, place=inside):
+    """A place with too little wool: light comes through from below."""
+    ragged(mask, place(rng), THIN, rng)
+    return painted(image, mask, SOFT, LAMP, rng.uniform(*LAMP_OPACITY))
+
+
+CATEGORIES = {"flange": (draw_flange, (gouge, oil, chip, fibre)),
+              "felt": (draw_felt, (hole, thread, grease, thin))}
+TEXTURES = ("felt",)  # fill the frame, so that defects can lie on the image border
+
+
+def draw_category(root, name, seed=0):
+    """Write one category to root/name, the same for the same seed, whatever else is drawn."""
+    draw_normal, defects = CATEGORIES[name]
+    rng = np.random.default_rng([seed, list(CATEGORIES).index(name)])
 
     def save(image, *place):
         """Write one image below the category's folder."""
-        path = root.joinpath(CATEGORY, *place)
+        path = root.joinpath(name, *place)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
 
     for folder, count in (("train", TRAIN), ("test", GOOD)):
         for n in range(count):
-            save(expose(photograph(draw_part(rng), rng), rng), folder, "good", f"{n:03d}.png")
-    for defect in DEFECTS:
+            save(expose(draw_normal(rng), rng), folder, "good", f"{n:03d}.png")
+    for defect in defects:
         for n in range(PER_DEFECT):
-            normal, mask = photograph(draw_part(rng), rng), Image.new("L", (SIZE, SIZE))
-            save(expose(defect(normal, mask, rng), rng), "test", defect.__name__, f"{n:03d}.png")
+            mask = Image.new("L", (SIZE, SIZE))
+            place = [on_border] if name in TEXTURES and n % BORDER_EVERY == 0 else []
+            image = defect(draw_normal(rng), mask, rng, *place)
+            save(expose(image, rng), "test", defect.__name__, f"{n:03d}.png")
             save(np.asarray(mask), "ground_truth", defect.__name__, f"{n:03d}_mask.png")
 
 
+def draw_set(root, seed=0):
+    """Write all categories below root."""
+    for name in CATEGORIES:
+        draw_category(root, name, seed)
+
+
 def draw_if_absent(root):
-    """Draw the set unless it is there; under another name first, so that it is whole or absent."""
-    if not (root / CATEGORY).exists():
-        unfinished = root.with_name(f".part-{root.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        print(f"drawing the toy set into {root}")
-        draw_set(unfinished)
-        root.mkdir(parents=True, exist_ok=True)
-        (unfinished / CATEGORY).rename(root / CATEGORY)
-        unfinished.rmdir()
+    """Draw what is missing; under another name first, so that a category is whole or absent."""
+    for name in CATEGORIES:
+        if not (root / name).exists():
+            print(f"drawing the toy set into {root / name}")
+            unfinished = root.with_name(f".part-{root.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            draw_category(unfinished, name)
+            root.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).rename(root / name)
+            unfinished.rmdir()
 
 
 if __name__ == "__main__":
