@@ -4,14 +4,12 @@
     python evaluate.py --data ROOT --category NAME [NAME ...]
     python evaluate.py --data ROOT --category NAME --predict IMAGE_OR_FOLDER
 
-Reads OUT/NAME/checkpoint.pt and ROOT/NAME/train/good (the memory), then ROOT/NAME/test or the
-images to predict. Writes pictures and tables to OUT/NAME and a line to OUT/results.csv.
+Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
+to predict. Writes tables and pictures to OUT/NAME/SCORE or to OUT/NAME/predictions, and a line to
+OUT/results.csv.
 """
 import csv
-import hashlib
-import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,22 +22,25 @@ from sklearn.metrics import roc_auc_score
 
 import patchae
 from data import make_toy
+from data.images import (batches, choose_categories, list_images, list_test, progress, read_image,
+                         read_images, read_mask)
 from patchae import UserError
 
-KINDS = ("feature", "backbone", "reconstruction")
 RESULTS = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed",
            "backbone", "weights"]
 # our choice: dark to glowing, evenly brighter, so that grey prints show the same
 COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])
-SCALE = (0.5, 1.5)            # our choice: darkest and brightest, in thresholds
-OPACITY_RISES = (0.9, 1.1)    # our choice: in thresholds
-MOST_OPACITY = 0.6            # our choice: the image shines through
-HISTOGRAM, MARGIN = (640, 240), 24  # pixels
-LARGEST_HEATMAP = 1024  # our choice: pixels of the longer side, so that photographs stay handy
-PER_TYPE = 2            # our choice: columns of each kind in overview.png
-RANKED = 12             # our choice: columns of predictions.png
-NAME_END = 12           # our choice: letters of a file name that fit above a column
-BARS = 40               # our choice: bars of histogram.png
+SCALE = (0.5, 1.5)          # our choice: darkest and brightest, in thresholds
+OPACITY_RISES = (0.9, 1.1)  # our choice: in thresholds
+MOST_OPACITY = 0.6          # our choice: the image shines through
+LARGEST_HEATMAP = 1024      # our choice: pixels of the longer side, so that photographs stay handy
+PER_TYPE = 2                # our choice: columns of each type in overview.png
+RANKED = 12                 # our choice: columns of the predictions' overview.png
+NAME_END = 12               # our choice: letters of a file name that fit above a column
+CELL, GAP, TITLE = 160, 4, 24  # pixels of overview.png
+BARS = 40                   # our choice: bars of histogram.png
+HISTOGRAM = (640, 240)      # pixels
+MARGIN = 24                 # pixels
 
 
 def parse(argv):
@@ -47,128 +48,45 @@ def parse(argv):
     parser = patchae.Parser(__doc__)
     add = parser.add_argument
     add("--predict", type=Path, metavar="PATH", help="score this image or folder; needs no labels")
-    add("--score", choices=KINDS, default="feature",
+    add("--score", choices=patchae.SCORES, default="feature",
         help="distance in R (default), in the raw backbone features, or reconstruction error")
-    add("--weights", help="where the backbone's weights are now (default: as in training)")
     add("--quantile", type=float, default=0.99, metavar="Q",
         help="the threshold is this quantile of the normal images' scores, each against the\n"
              "memory without itself (default: 0.99; our choice: a false alarm in a hundred)")
-    add("--no-threshold", action="store_true", help="save the time that the threshold takes")
-    add("--memory-fraction", type=float, default=1.0, metavar="F",
-        help="random part of the memory (default: 1; less is our choice, not the paper's)")
-    add("--memory-images", type=int, metavar="N", help="only the first N of train/good")
     if parser.parse_args(argv).demo:
-        parser.set_defaults(data=make_toy.ROOT, category=[make_toy.CATEGORY])
+        parser.set_defaults(data=make_toy.ROOT, category=["all"])
     args = parser.parse_args(argv)
-    for name in ("quantile", "memory_fraction"):
-        if not 0 < getattr(args, name) <= 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(args, name)}: must be above 0 and at most 1")
-    if args.memory_images is not None and args.memory_images < 1:
-        raise UserError(f"--memory-images {args.memory_images}: must be at least 1")
+    if not 0 < args.quantile <= 1:
+        raise UserError(f"--quantile {args.quantile}: must be above 0 and at most 1")
     return args
 
 
-# ---- memory, scores, threshold ------------------------------------------------------------------
-def batches_of(paths, model, what):
-    """Yield (B, 3, H, W) in [0, 1] on the model's device."""
-    device = next(model.parameters()).device
-    for batch in patchae.read_batches(paths, model, what):
-        yield batch.to(device) / 255
-
-
-def score_images(paths, model, memory, args, what):
-    """The anomaly maps (N, H', W') of image files, on the CPU."""
-    maps = [patchae.score_maps(model, image, memory, args.score).cpu()
-            for image in batches_of(paths, model, what)]
-    return torch.cat(maps)
-
-
-def normal_scores(paths, model, memory, args):
-    """The score (E5) of each normal image against the memory without itself, a list."""
-    scores = []
-    for image in batches_of(paths, model, "threshold"):
-        for one in image.split(1):
-            anomaly_map = patchae.score_maps(model, one, memory, args.score, own=len(scores))
-            scores.append(patchae.image_score(anomaly_map).item())
-    return scores
-
-
-def kept_scores(path, digest, count):
-    """The normal scores that an earlier run stored for the same memory, or None."""
-    try:
-        kept = json.loads(path.read_text())
-        if digest and kept["memory"] == digest and len(kept["normal_scores"]) == count:
-            return [float(score) for score in kept["normal_scores"]]
-    except (OSError, ValueError, TypeError, LookupError):
-        pass  # absent, or not one of ours
-    return None
-
-
-def find_threshold(paths, model, memory, args, folder):
-    """The --quantile of the normal images' scores, or NaN where there is none; printed and stored.
-
-    The scores depend on the memory alone and cost as much as scoring that many images: those that
-    are stored with the memory's digest are taken again.
-    """
-    if args.no_threshold or (memory is not None and len(paths) < 2):
-        reason = "--no-threshold" if args.no_threshold else "one normal image"
-        print(f"threshold: undefined ({reason})")
-        return math.nan
-    path = folder / f"threshold_{args.score}.json"
-    digest = None if memory is None else hashlib.sha256(memory.cpu().numpy()).hexdigest()
-    scores = kept_scores(path, digest, len(paths)) or normal_scores(paths, model, memory, args)
-    threshold = float(np.quantile(scores, args.quantile))
-    print(f"threshold: {threshold:.4f}, the {args.quantile:g} quantile of the scores of "
-          f"{len(scores)} normal images")
-    text = json.dumps({"threshold": threshold, "quantile": args.quantile, "memory": digest,
-                       "normal_scores": scores}, indent=0)
-    patchae.write_whole(path, lambda temporary: temporary.write_text(text))
-    return threshold
-
-
+# ---- scores and metrics -------------------------------------------------------------------------
 def prepare(name, args, device):
-    """The model, the memory (None for reconstruction) and the threshold of a category."""
-    path = args.out / name / "checkpoint.pt"
-    model = patchae.restore(patchae.load_checkpoint(path), path, args.weights).to(device).eval()
-    paths = patchae.list_images(args.data / name / "train" / "good")[:args.memory_images]
+    """The model, the memory (None for reconstruction) and the threshold (NaN if there is none)."""
+    model, images, normal_scores = patchae.load_checkpoint(args.out / name / "checkpoint.pt")
+    model.to(device).eval()
     memory = None
     if args.score != "reconstruction":
-        batches = batches_of(paths, model, f"{name}: memory")
-        memory = patchae.build_memory(model, batches, len(paths), args.score, args.memory_fraction)
-    return model, memory, find_threshold(paths, model, memory, args, args.out / name)
+        known = batches(images, model.config.batch_size, device, "memory")
+        memory = patchae.build_memory(model, known, args.score)
+    threshold = math.nan
+    if args.score == "feature" and len(normal_scores):  # training stored those of no other score
+        threshold = torch.quantile(normal_scores, args.quantile).item()
+        print(f"{name}: threshold {threshold:.4f}, the {args.quantile:g} quantile of the scores of "
+              f"{len(normal_scores)} normal images")
+    return model, memory, threshold
 
 
-# ---- labels, masks, metrics ---------------------------------------------------------------------
-def list_test(folder):
-    """The test set as (image path, type, mask path or None); type: the parent folder's name."""
-    samples = []
-    for path in patchae.list_images(folder / "test"):
-        if path.parent.parent != folder / "test":
-            raise UserError(f"{path}: expected in {folder / 'test'}/TYPE; move it there")
-        masks = folder / "ground_truth" / path.parent.name
-        found = [m for m in sorted(masks.glob("*")) if m.stem in (path.stem, path.stem + "_mask")
-                 and m.suffix.lower() in patchae.IMAGE_SUFFIXES]
-        samples.append((path, path.parent.name, found[0] if found else None))
-    return samples
-
-
-def read_mask(path, image_path, size):
-    """A (size, size) bool mask, True on the defect: nearest resize, then any value but 0.
-
-    Transparent places of a mask are no defect. UserError unless it is as large as its image.
-    """
-    with patchae.opened(path) as file:
-        mask = ImageOps.exif_transpose(file)
-        if mask.has_transparency_data or mask.mode == "P":
-            mask = patchae.lay_on(mask, "black")
-        values = np.asarray(mask)
-    wanted = patchae.read_image(image_path).size
-    if mask.size != wanted:
-        raise UserError(f"{path}: the mask has {mask.width} × {mask.height} pixels, its image "
-                        f"{wanted[0]} × {wanted[1]}; make them alike")
-    defect = Image.fromarray(values.reshape(*values.shape[:2], -1).any(axis=2).astype(np.uint8))
-    return np.asarray(defect.resize((size, size), Image.Resampling.NEAREST)) > 0
+def score_images(paths, model, memory, args):
+    """The anomaly maps (N, H', W') of image files, on the CPU, and the seconds for each."""
+    images = read_images(paths, model.config.image_size)
+    device = next(model.parameters()).device
+    at_once = 1 if device.type == "cpu" else model.config.batch_size  # so the cache holds it
+    begin = time.monotonic()
+    maps = [patchae.score_maps(model, image, memory, args.score).cpu()
+            for image in batches(images, at_once, device, "scoring")]
+    return torch.cat(maps), (time.monotonic() - begin) / len(paths)
 
 
 def auroc(labels, scores):
@@ -177,23 +95,27 @@ def auroc(labels, scores):
     return roc_auc_score(labels, scores) if labels.any() and not labels.all() else math.nan
 
 
+def upsample(maps, size):
+    """Maps (N, H', W') to (N, *size), bilinear (our choice: smooth)."""
+    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]      # (N, *size)
+
+
 def pixel_auroc(samples, maps, size):
     """AUROC of all pixels at the network's size; a defective image without a mask is left out."""
-    rows = [i for i, (_, kind, mask) in enumerate(samples) if kind == "good" or mask]
-    absent = len(samples) - len(rows)
+    labels, scores = [], []
+    absent = 0
+    for (path, kind, mask), anomaly_map in zip(samples, maps):
+        if kind != "good" and mask is None:
+            absent += 1
+            continue
+        labels.append(read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool))
+        scores.append(upsample(anomaly_map[None], (size, size))[0])
     if absent:
         print(f"pixel AUROC: {absent} defective images have no mask and are left out")
-    masks = [read_mask(samples[i][2], samples[i][0], size) if samples[i][1] != "good"
-             else np.zeros((size, size), bool) for i in rows]
-    if not any(mask.any() for mask in masks):
+    if not any(label.any() for label in labels):
         print("pixel AUROC: undefined (no masks under ground_truth/)")
         return math.nan
-    return auroc(np.stack(masks).ravel(), upsample(maps[rows], (size, size)).ravel())
-
-
-def upsample(maps, size):
-    """Maps (N, H', W') to a float array (N, *size), bilinear (our choice: smooth)."""
-    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0].numpy()  # (N, *size)
+    return auroc(torch.stack(labels).flatten(), torch.stack(scores).flatten())
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -203,7 +125,7 @@ def heat(anomaly_map, size, scale):
     Half the threshold and less is dark, 1.5 times and more is brightest: the same in every picture
     of a run. Opacity rises around the threshold, so that what is normal does not glow.
     """
-    level = upsample(anomaly_map[None], size)[0] / scale
+    level = upsample(anomaly_map[None], size)[0].numpy() / scale          # (H, W)
     stops = np.linspace(*SCALE, len(COLOURS))
     colour = np.stack([np.interp(level, stops, channel) for channel in COLOURS.T], axis=-1)
     return colour, np.interp(level, OPACITY_RISES, (0, MOST_OPACITY))[..., None]
@@ -211,25 +133,11 @@ def heat(anomaly_map, size, scale):
 
 def heat_pictures(path, anomaly_map, scale):
     """The image, its anomaly map and the overlay, in the image's own aspect."""
-    image = patchae.read_image(path)
+    image = read_image(path)
     image.thumbnail((LARGEST_HEATMAP, LARGEST_HEATMAP))
     colour, opacity = heat(anomaly_map, (image.height, image.width), scale)
     overlay = np.asarray(image) * (1 - opacity) + colour * opacity
-    return [image, *(Image.fromarray(a.astype(np.uint8)) for a in (colour, overlay))]
-
-
-def write_heatmaps(folder, items, scale):
-    """An overlay for each (name, image path, map); the folder is replaced as a whole."""
-    unfinished = folder.with_name(f".part-{folder.name}")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for name, path, anomaly_map in patchae.progress(items, "heatmaps", len(items)):
-            patchae.write_picture(unfinished / name, heat_pictures(path, anomaly_map, scale)[2])
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
+    return [image, *(Image.fromarray(pixels.astype(np.uint8)) for pixels in (colour, overlay))]
 
 
 def colour_scale(threshold, maps):
@@ -237,65 +145,96 @@ def colour_scale(threshold, maps):
     return threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
 
 
+def write_heatmaps(folder, root, paths, maps, scale):
+    """An overlay for each image file, under the name that the file has below root."""
+    for path, anomaly_map in progress(list(zip(paths, maps)), "heatmaps"):
+        name = path.relative_to(root).as_posix()
+        target = folder / (name if path.suffix == ".png" else name + ".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        heat_pictures(path, anomaly_map, scale)[2].save(target)
+
+
 def write_histogram(path, scores, labels, threshold):
     """Bars of the scores of good (blue) and defective (red) images, with the threshold (black)."""
     picture = Image.new("RGB", HISTOGRAM, "white")
-    draw, (width, height) = ImageDraw.Draw(picture), HISTOGRAM
-    top = max(*scores, 0 if math.isnan(threshold) else threshold) * (1 + 1 / BARS) or 1
-    counts = [np.histogram([s for s, d in zip(scores, labels) if d == defect], BARS, (0, top))[0]
-              for defect in (False, True)]
-    unit = (height - 2 * MARGIN) / max(1, (counts[0] + counts[1]).max())
-    for bar, (good, bad) in enumerate(zip(*counts)):
-        left, right = (MARGIN + (width - 2 * MARGIN) * (bar + side) / BARS for side in (0, 1))
-        floor, middle = height - MARGIN, height - MARGIN - good * unit
-        draw.rectangle([left, middle, right - 1, floor], fill="steelblue" if good else None)
-        draw.rectangle([left, middle - bad * unit, right - 1, middle],
-                       fill="firebrick" if bad else None)
-    draw.line([MARGIN, height - MARGIN, width - MARGIN, height - MARGIN], fill="black")
-    draw.text((MARGIN, height - MARGIN + 2), f"image score, 0 to {top:.2f}", fill="black")
+    draw = ImageDraw.Draw(picture)
+    width, height = HISTOGRAM
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    top = max(scores.max(), 0 if math.isnan(threshold) else threshold) * (1 + 1 / BARS) or 1
+    good = np.histogram(scores[~labels], BARS, (0, top))[0]
+    bad = np.histogram(scores[labels], BARS, (0, top))[0]
+    unit = (height - 2 * MARGIN) / max(1, (good + bad).max())  # pixels for an image
+    step = (width - 2 * MARGIN) / BARS                         # pixels for a bar
+    floor = height - MARGIN
+    for bar in range(BARS):
+        left = MARGIN + bar * step
+        middle = floor - good[bar] * unit
+        draw.rectangle([left, middle, left + step - 1, floor], fill="steelblue")
+        if bad[bar]:
+            top_left = (left, middle - bad[bar] * unit)
+            draw.rectangle([*top_left, left + step - 1, middle], fill="firebrick")
+    draw.text((MARGIN, floor + 2), f"image score, 0 to {top:.2f}", fill="black")
     draw.text((MARGIN, 2), "good images (blue), defective (red), threshold (line)", fill="black")
     if not math.isnan(threshold):
         x = MARGIN + (width - 2 * MARGIN) * threshold / top
-        draw.line([x, MARGIN, x, height - MARGIN], fill="black", width=2)
-    patchae.write_picture(path, picture)
+        draw.line([x, MARGIN, x, floor], fill="black", width=2)
+    picture.save(path)
 
 
 def write_overview(path, columns, titles, scale, threshold):
-    """A grid with a picture of the colour scale under it; columns: lists of pictures."""
-    grid = patchae.picture_grid(list(zip(*columns)), titles)
-    sheet = Image.new("RGB", (grid.width, grid.height + MARGIN), "white")
-    sheet.paste(grid)
-    ramp = torch.linspace(SCALE[0], SCALE[1], BARS).expand(2, BARS) * scale
-    colour, _ = heat(ramp, (MARGIN // 2, grid.width // 2), scale)
-    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, grid.height + MARGIN // 4))
-    place = (grid.width // 2 + MARGIN // 2, grid.height + MARGIN // 4)
+    """Columns of pictures with a title above each, and the colour scale under them."""
+    rows = len(columns[0])
+    size = (len(columns) * (CELL + GAP), rows * (CELL + GAP) + TITLE + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, (column, title) in enumerate(zip(columns, titles)):
+        draw.text((x * (CELL + GAP) + GAP, GAP), title, fill="black", font_size=TITLE / 2)
+        for y, picture in enumerate(column):
+            cell = ImageOps.contain(picture, (CELL, CELL))
+            sheet.paste(cell, (x * (CELL + GAP), TITLE + y * (CELL + GAP)))
+    ramp = torch.linspace(*SCALE, BARS).expand(2, BARS) * scale
+    colour, _ = heat(ramp, (MARGIN // 2, sheet.width // 2), scale)
+    top = sheet.height - MARGIN + GAP
+    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, top))
     middle = "no threshold" if math.isnan(threshold) else "the threshold"
     text = f"{SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}; half-way {scale:.2f}, {middle}"
-    ImageDraw.Draw(sheet).text(place, text, fill="black")
-    patchae.write_picture(path, sheet)
+    draw.text((sheet.width // 2 + GAP, top), text, fill="black")
+    sheet.save(path)
 
 
 # ---- a category, whole --------------------------------------------------------------------------
-def heatmap_name(path, root):
-    """Where the heatmap of an image goes, below its folder of heatmaps; one name for one image."""
-    name = path.relative_to(root).as_posix()
-    return name if path.suffix == ".png" else name + ".png"
+def write_csv(path, header, rows):
+    """A table with a header line."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def evaluate_category(name, args, device):
-    """Score DATA/NAME/test, write tables and pictures; returns the row for results.csv."""
-    folder, samples = args.out / name, list_test(args.data / name)
+def overview_columns(samples, maps, scores, scale, size):
+    """Pictures and titles of the first images of each type, the good ones first."""
+    columns, titles, shown = [], [], []
+    for (path, kind, mask), anomaly_map, score in zip(samples, maps, scores):
+        if shown.count(kind) < PER_TYPE:
+            shown.append(kind)
+            image, *heated = heat_pictures(path, anomaly_map, scale)
+            truth = read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool)
+            truth = Image.fromarray(truth.numpy()).convert("RGB").resize(image.size)
+            place = 0 if kind == "good" else len(columns)
+            columns.insert(place, [image, truth, *heated])
+            titles.insert(place, f"{kind} {score:.2f}")
+    return columns, titles
+
+
+def evaluate_category(name, args, device, rows):
+    """Score DATA/NAME/test, write tables and pictures; appends the row for results.csv."""
+    samples = list_test(args.data / name)
     model, memory, threshold = prepare(name, args, device)
-    paths, begin = [path for path, _, _ in samples], time.monotonic()
-    maps = score_images(paths, model, memory, args, f"{name}: scoring")
-    seconds = (time.monotonic() - begin) / len(paths)
-    scores = patchae.image_score(maps).tolist()
-    labels = [kind != "good" for _, kind, _ in samples]
-    patchae.write_csv(folder / "scores.csv", ["path", "label", "score"],
-                      [(path.relative_to(args.data), kind, score)
-                       for (path, kind, _), score in zip(samples, scores)])
     size = model.config.image_size
-    image, pixel = auroc(labels, scores), pixel_auroc(samples, maps, size)
+    paths = [path for path, _, _ in samples]
+    labels = [kind != "good" for _, kind, _ in samples]
+    maps, seconds = score_images(paths, model, memory, args)
+    scores = patchae.image_score(maps).tolist()
+    image = auroc(labels, scores)
+    pixel = pixel_auroc(samples, maps, size)
     if math.isnan(image):
         absent = "good" if all(labels) else "defective"
         print(f"image AUROC: undefined (test/ has no {absent} images)")
@@ -303,69 +242,66 @@ def evaluate_category(name, args, device):
         above = [defective for defective, score in zip(labels, scores) if score > threshold]
         print(f"{name}: above the threshold {above.count(False)} of {labels.count(False)} good and "
               f"{above.count(True)} of {labels.count(True)} defective images")
-    scale, base = colour_scale(threshold, maps), args.data / name / "test"
-    write_heatmaps(folder / "heatmaps", [(heatmap_name(path, base), path, anomaly_map)
-                                         for path, anomaly_map in zip(paths, maps)], scale)
-    write_histogram(folder / "histogram.png", scores, labels, threshold)
-    kinds = [kind for _, kind, _ in samples]
-    shown = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < PER_TYPE]
-    columns = []
-    for i in sorted(shown, key=lambda i: labels[i]):
-        path, kind, mask = samples[i]
-        pictures = heat_pictures(path, maps[i], scale)
-        truth = read_mask(mask, path, size) if mask else np.zeros((size, size), bool)
-        pictures.insert(1, Image.fromarray(truth).convert("RGB").resize(pictures[0].size))
-        columns.append((f"{kind} {scores[i]:.2f}", pictures))
-    titles, pictures = zip(*columns)
-    write_overview(folder / "overview.png", pictures, titles, scale, threshold)
+    scale = colour_scale(threshold, maps)
+    with patchae.whole(args.out / name / args.score) as folder:
+        folder.mkdir()
+        write_csv(folder / "scores.csv", ["path", "label", "score"],
+                  [(path.relative_to(args.data), kind, score)
+                   for (path, kind, _), score in zip(samples, scores)])
+        write_heatmaps(folder / "heatmaps", args.data / name / "test", paths, maps, scale)
+        write_histogram(folder / "histogram.png", scores, labels, threshold)
+        write_overview(folder / "overview.png",
+                       *overview_columns(samples, maps, scores, scale, size), scale, threshold)
     config = model.config
-    return [name, args.score, image, pixel, seconds, config.seed, config.backbone,
-            Path(config.weights).name]
+    rows.append([name, args.score, image, pixel, seconds, config.seed, config.backbone,
+                 Path(config.weights).name])
 
 
 def predict_category(name, args, device):
-    """Score the images of --predict; write predictions.csv, .png and a heatmap for each image."""
-    folder, path = args.out / name, args.predict
-    paths = [path] if path.is_file() else patchae.list_images(path)
+    """Score the images of --predict; write predictions.csv, overview.png and heatmaps."""
+    paths = [args.predict] if args.predict.is_file() else list_images(args.predict)
     model, memory, threshold = prepare(name, args, device)
-    maps = score_images(paths, model, memory, args, f"{name}: scoring")
+    maps, _ = score_images(paths, model, memory, args)
     scores = patchae.image_score(maps).tolist()
-    ranked = sorted(range(len(paths)), key=lambda i: -scores[i])
-    decided = ["" if math.isnan(threshold) else score > threshold for score in scores]
-    scale, base = colour_scale(threshold, maps), path.parent if path.is_file() else path
-    write_heatmaps(folder / "predictions", [(heatmap_name(paths[i], base), paths[i], maps[i])
-                                            for i in ranked], scale)
-    columns = [heat_pictures(paths[i], maps[i], scale) for i in ranked[:RANKED]]
-    titles = [f"{paths[i].name[-NAME_END:]} {scores[i]:.2f}" for i in ranked[:RANKED]]
-    write_overview(folder / "predictions.png", columns, titles, scale, threshold)
-    patchae.write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
-                      [(paths[i], scores[i], decided[i]) for i in ranked])
-    for i in ranked[:RANKED]:
-        word = {True: "anomalous", False: "normal", "": "undecided"}[decided[i]]
-        print(f"{scores[i]:10.4f}  {word:9}  {paths[i]}")
-    print(f"{name}: {len(paths)} images, {sum(d is True for d in decided)} anomalous; "
-          f"wrote {folder / 'predictions.csv'}")
+    rows = []
+    for path, score, anomaly_map in sorted(zip(paths, scores, maps), key=lambda row: -row[1]):
+        verdict = "" if math.isnan(threshold) else score > threshold
+        rows.append((path, score, verdict, anomaly_map))
+    scale = colour_scale(threshold, maps)
+    root = args.predict.parent if args.predict.is_file() else args.predict
+    with patchae.whole(args.out / name / "predictions") as folder:
+        folder.mkdir()
+        write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
+                  [row[:3] for row in rows])
+        write_heatmaps(folder / "heatmaps", root, paths, maps, scale)
+        columns = [heat_pictures(row[0], row[3], scale) for row in rows[:RANKED]]
+        titles = [f"{path.name[-NAME_END:]} {score:.2f}" for path, score, _, _ in rows[:RANKED]]
+        write_overview(folder / "overview.png", columns, titles, scale, threshold)
+    for path, score, verdict, _ in rows[:RANKED]:
+        word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
+        print(f"{score:10.4f}  {word:9}  {path}")
+    print(f"{name}: {len(rows)} images, {sum(row[2] is True for row in rows)} anomalous; "
+          f"wrote {args.out / name / 'predictions'}")
 
 
 def update_results(path, rows):
     """Replace the rows of the same category and score in results.csv; end with the mean per score.
 
-    A metric that is undefined is nan, and no part of the mean.
+    A metric that is undefined is nan, and no part of the mean. Returns the rows of means.
     """
-    try:
+    kept = []
+    if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
             kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file)]
-        kept = [[*r[:2], *map(float, r[2:5]), *r[5:]] for r in kept if r[0] != "mean"]
-    except (OSError, LookupError, ValueError, TypeError, csv.Error):
-        kept = []  # absent, or not one of ours
     new = {(row[0], row[1]) for row in rows}
-    table, means = [row for row in kept if (row[0], row[1]) not in new] + rows, []
+    table = [row for row in kept if row[5] and (row[0], row[1]) not in new] + rows
+    means = []
     for kind in dict.fromkeys(row[1] for row in table):
-        columns = list(zip(*(row for row in table if row[1] == kind)))
-        known = [[value for value in column if not math.isnan(value)] for column in columns[2:5]]
-        facts = [c[0] if len(set(map(str, c))) == 1 else "several" for c in columns[5:]]
-        means.append(["mean", kind, *(sum(v) / len(v) if v else math.nan for v in known), *facts])
-    patchae.write_csv(path, RESULTS, table + means)
+        numbers = np.array([row[2:5] for row in table if row[1] == kind], dtype=float)
+        known = [column[~np.isnan(column)] for column in numbers.T]
+        means.append(["mean", kind, *(c.mean() if len(c) else math.nan for c in known), "", "", ""])
+    with patchae.whole(path) as unfinished:
+        write_csv(unfinished, RESULTS, table + means)
     return means
 
 
@@ -377,23 +313,26 @@ def print_table(rows):
         print(f"{name:16} {kind:14} {shown[0]:>12} {shown[1]:>12} {seconds:8.3f}")
 
 
-@patchae.script
-@torch.inference_mode()
-def main(argv=None):
-    """Returns the exit code: 0, or 2 where the input was at fault."""
-    args, rows = parse(argv), []
+def run(argv):
+    """Evaluate or predict every category that was asked for; one that fails leaves the others."""
+    args = parse(argv)
+    device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
-    device = patchae.choose_device(args.device)
-    names = patchae.choose_categories(args.data, args.category)
+    names = choose_categories(args.data, args.category)
     if args.predict:
-        return patchae.each_category(names, lambda name: predict_category(name, args, device))
-    code = patchae.each_category(
-        names, lambda name: rows.append(evaluate_category(name, args, device)))
+        return max(patchae.exit_code(predict_category, name, args, device) for name in names)
+    rows = []
+    code = max(patchae.exit_code(evaluate_category, name, args, device, rows) for name in names)
     if rows:
         means = update_results(args.out / "results.csv", rows)
         print_table(rows + [mean for mean in means if mean[1] == args.score])
     return code
+
+
+def main(argv=None):
+    """Returns the exit code: 0, or 2 where the input was at fault."""
+    return patchae.exit_code(run, argv)
 
 
 if __name__ == "__main__":
