@@ -476,7 +476,7 @@ def whole(path):
 
 
 def load_weights(backbone, config):
-    """Yield a temporary path; the file or folder made there takes `path`'s place at the end.
+    """Fill the backbone by config.weights, a download or a file. UserError where it does not fit."""
     source = config.weights
     try:
         if source == "imagenet":
