@@ -178,6 +178,7 @@ class Config:
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the images that the weights were made with
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TINY = 1e-12  # squared length: keeps a vector of zeros from being divided by zero
 
 
 def normalise(image):
@@ -197,6 +198,16 @@ def make_backbone(name, layers):
             module.padding_mode = "reflect"
     backbone = create_feature_extractor(resnet, [f"layer{stage}" for stage in layers])
     return backbone.eval()  # batch normalisation always uses its stored statistics
+
+
+def temper_contrast(features):
+    """Divide each vector by the square root of its length. (B, C, h, w) ≥ 0 to the same.
+
+    Our choice: the same pattern at four times the contrast is then only twice as far from nothing.
+    Highlights vary most between normal images, and would outweigh defects in the dark.
+    """
+    squared_length = features.square().sum(dim=1, keepdim=True)           # (B, 1, h, w)
+    return features / (squared_length + TINY)**0.25                       # (B, C, h, w)
 
 
 def average_neighbours(features, k):
@@ -307,7 +318,7 @@ class PatchAE(nn.Module):
         """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W'); no gradient reaches a frozen backbone."""
         image = normalise(image).contiguous(memory_format=torch.channels_last)  # faster
         with torch.set_grad_enabled(self.config.finetune_backbone and torch.is_grad_enabled()):
-            maps = self.backbone(image).values()
+            maps = [temper_contrast(m) for m in self.backbone(image).values()]
             return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
     def forward(self, image):
