@@ -1,207 +1,291 @@
-"""The equations as worked examples: small tensors, numbers to redo on paper, an oracle beside each.
+"""The equations as worked examples: small tensors, numbers to redo on paper, or an oracle beside each.
 
-Every test is named after its label in patchae.py and computes the same thing another way.
+Every test of an equation is named after its label in patchae.py and computes the same thing another way.
 """
+import random
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import NearestNeighbors
-from torch import nn
 
 import patchae
 
+MEAN, STD = np.array([[[.485]], [[.456]], [[.406]]]), np.array([[[.229]], [[.224]], [[.225]]])  # ImageNet's
 
-def layer(weight, bias):
-    """A 1×1 convolution with these numbers: weight (out, in), bias (out)."""
-    convolution = nn.Conv2d(len(weight[0]), len(weight), 1)
+
+@pytest.fixture(scope="module")
+def model():
+    """A model with C₃ = 2, so that R fits on paper; Φ has 64 channels, of which the tests use two."""
+    return patchae.PatchAE(patchae.Config(backbone="resnet18", layers=(1,), image_size=64, patch_size=4,
+                                          channels=2))
+
+
+def put(layer, weight, bias):
+    """Give a 1×1 convolution these numbers for its first inputs and outputs and 0 for all others."""
     with torch.no_grad():
-        convolution.weight.copy_(torch.tensor(weight)[:, :, None, None])
-        convolution.bias.copy_(torch.tensor(bias))
-    return convolution
+        layer.weight.zero_()[:2, :2] = torch.tensor(weight)[:, :, None, None]
+        layer.bias.zero_()[:2] = torch.tensor(bias)
 
 
-def test_E1_representation_by_hand():
+def test_E1_representation_by_hand(model):
     """R = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂) for one place, on paper.
 
     Φ = (1, 2): W₁ Φ + b₁ = (1·1 − 1·2 + 0, 1·1 + 1·2 − 1) = (−1, 2), ReLU: (0, 2),
     W₂ (0, 2) + b₂ = (2·0 + 1·2 + 1, 0 − 3·2 + 1) = (3, −5), ReLU: (3, 0).
     """
-    encoder = [layer([[1.0, -1.0], [1.0, 1.0]], [0.0, -1.0]),
-               layer([[2.0, 1.0], [0.0, -3.0]], [1.0, 1.0])]
-    features = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
-    assert patchae.represent(features, encoder).flatten().tolist() == [3.0, 0.0]
+    put(model.encoder[0], [[1.0, -1.0], [1.0, 1.0]], [0.0, -1.0])
+    put(model.encoder[2], [[2.0, 1.0], [0.0, -3.0]], [1.0, 1.0])
+    features = torch.zeros(1, 64, 1, 1)
+    features[0, :2, 0, 0] = torch.tensor([1.0, 2.0])
+    assert patchae.represent(features, model.encoder).flatten().tolist() == [3.0, 0.0]
 
 
-def test_E1_is_the_same_linear_layer_at_every_place():
-    """On a grid: numpy multiplies each place's feature vector by W₁ and W₂ by itself."""
-    torch.manual_seed(0)
-    encoder = [nn.Conv2d(5, 4, 1), nn.Conv2d(4, 3, 1)]
-    features = torch.randn(2, 5, 3, 4)
-    (w1, b1), (w2, b2) = [(c.weight.detach().numpy()[:, :, 0, 0], c.bias.detach().numpy())
-                          for c in encoder]
-    expected = np.zeros((2, 3, 3, 4), dtype=np.float32)
-    for b, i, j in np.ndindex(2, 3, 4):
-        hidden = np.maximum(w1 @ features.numpy()[b, :, i, j] + b1, 0)
-        expected[b, :, i, j] = np.maximum(w2 @ hidden + b2, 0)
-    np.testing.assert_allclose(patchae.represent(features, encoder).detach(), expected, atol=1e-6)
-
-
-def test_E2_one_vector_rebuilds_one_patch_by_hand():
+def test_E2_one_vector_rebuilds_one_patch_by_hand(model):
     """Î = V₂ ReLU(V₁ r + c₁) + c₂ with r = (1, 2): ReLU(1 − 2, 1 + 2) = (0, 3), then (6 − 1, −3).
 
     The last layer has no ReLU: a patch is darker than the mean, −3, as often as brighter.
     """
-    decoder = [layer([[1.0, -1.0], [1.0, 1.0]], [0.0, 0.0]),
-               layer([[5.0, 2.0], [0.0, -1.0]], [-1.0, 0.0])]
-    r = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
-    assert patchae.rebuild(r, decoder).flatten().tolist() == [5.0, -3.0]
+    put(model.decoder[0], [[1.0, -1.0], [1.0, 1.0]], [0.0, 0.0])
+    put(model.decoder[2], [[5.0, 2.0], [0.0, -1.0]], [-1.0, 0.0])
+    rebuilt = patchae.rebuild(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), model.decoder)
+    assert rebuilt.flatten().tolist() == [5.0, -3.0] + [0.0] * (3 * 4 * 4 - 2)
 
 
 def test_E3_loss_by_hand():
-    """Two patches of two values: errors (1² + 3²)/2 = 5 and (0² + 2²)/2 = 2, so L = (5 + 2)/2."""
+    """Two patches of two values with the errors 1, 3 and 0, −2: L = (1 + 9 + 0 + 4) / (2 · 2) = 3.5."""
     patches = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).T.reshape(1, 2, 1, 2)
-    rebuilt = torch.tensor([[1.0, 3.0], [1.0, 3.0]]).T.reshape(1, 2, 1, 2)
-    assert patchae.patch_errors(rebuilt, patches).tolist() == [[[5.0, 2.0]]]
+    rebuilt = torch.tensor([[1.0, 3.0], [1.0, -1.0]]).T.reshape(1, 2, 1, 2)
     assert patchae.reconstruction_loss(rebuilt, patches).item() == 3.5
 
 
-def test_E3_of_image_patches_is_the_mean_squared_error_of_the_image():
-    """Cutting into patches moves pixels and changes none: numpy on the uncut images agrees."""
-    torch.manual_seed(0)
-    one, two = torch.rand(2, 2, 3, 16, 24)
-    loss = patchae.reconstruction_loss(patchae.patchify(one, 8), patchae.patchify(two, 8))
-    assert loss.item() == pytest.approx(np.mean((one.numpy() - two.numpy())**2), rel=1e-5)
-
-
 def test_E4_distance_by_hand():
-    """Memory (0, 0), (3, 0), (0, 10): from (3, 4) it is min(5, 4, √45) = 4; from (0, 1) it is 1."""
-    memory = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 10.0]])
-    r = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    assert patchae.nearest_distance(r, memory).tolist() == [4.0, 1.0]
+    """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0), (50, 50)}.
 
-
-@pytest.mark.parametrize("at_once", [1, 7 * 3, 7 * 50, 10**6])
-def test_E4_agrees_with_scikit_learn_whatever_the_block(monkeypatch, at_once):
-    """The blocks, down to one vector at a time, leave no vector of the memory out."""
-    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", at_once)
-    torch.manual_seed(0)
-    r, memory = 3 + torch.rand(7, 40), 3 + torch.rand(101, 40)
-    expected, _ = NearestNeighbors(n_neighbors=1).fit(memory.double()).kneighbors(r.double())
-    np.testing.assert_allclose(patchae.nearest_distance(r, memory), expected[:, 0], rtol=1e-4)
+    From (3, 4) it is min(5, √45, √61, √50, 4, …) = 4, in the last image; from (0, 1) it is 1, in the first;
+    from (9, 11) it is 2, in the middle one.
+    """
+    memory = [torch.tensor(m) for m in ([[0., 0.], [0., 10.]], [[9., 9.], [8., 9.]], [[3., 0.], [50., 50.]])]
+    r = torch.tensor([[3.0, 4.0], [0.0, 1.0], [9.0, 11.0]])
+    assert patchae.nearest_distance(r, memory).tolist() == [4.0, 1.0, 2.0]
 
 
 def test_E5_image_score_by_hand():
     """S is the largest s_ij of each image: 4 of the first map, 9 of the second."""
-    anomaly_map = torch.tensor([[[1.0, 4.0], [2.0, 3.0]], [[9.0, 0.0], [1.0, 1.0]]])
+    anomaly_map = torch.tensor([[[1.0, 4.0, 0.0], [2.0, 3.0, 1.0]], [[0.0, 0.0, 1.0], [1.0, 9.0, 1.0]]])
     assert patchae.image_score(anomaly_map).tolist() == [4.0, 9.0]
 
 
+# ---- ⊕: from maps to features -------------------------------------------------------------------
 def test_concatenation_of_scales_by_hand():
-    """⊕: the 1×1 map of the coarse stage is repeated over the 2×2 grid of the fine one."""
-    fine, coarse = torch.arange(4.0).view(1, 1, 2, 2), torch.full((1, 1, 1, 1), 7.0)
-    features = patchae.concatenate_scales([fine, coarse], neighbourhood=1)
-    assert features.tolist() == [[[[0, 1], [2, 3]], [[7, 7], [7, 7]]]]
+    """⊕ of a finer map, one on the grid and a coarser one: on a 4 × 4 grid, in this order.
 
-
-def test_neighbourhood_average_by_hand():
-    """3×3 mean of 0 … 8: in the middle 4; in the corner of the four values there, (0+1+3+4)/4."""
-    features = patchae.concatenate_scales([torch.arange(9.0).view(1, 1, 3, 3)], neighbourhood=3)
-    assert features[0, 0, 1, 1].item() == pytest.approx(4) and features[0, 0, 0, 0].item() == 2
-
-
-def test_coarse_scales_are_resized_bilinearly():
-    """⊕ with a coarse map of two columns 0 and 4: columns 0, 1, 3, 4 at the finer grid."""
+    Finer, 16 × 16, all 0 but one 16 in a patch's corner: area averages the patch's 4 × 4 values to 1,
+    nothing is skipped. On the grid: unchanged. Coarser, columns 0 and 4: bilinear gives 0, 1, 3, 4.
+    Neighbours are averaged before: a 1 × 1 map of 6 has no other than itself, 6 / (3 · 1) = 2.
+    """
+    fine = torch.zeros(1, 1, 16, 16)
+    fine[0, 0, 4, 8] = 16
+    same = torch.arange(16.0).view(1, 1, 4, 4)
     coarse = torch.tensor([[0.0, 4.0], [0.0, 4.0]]).view(1, 1, 2, 2)
-    features = patchae.concatenate_scales([torch.zeros(1, 1, 4, 4), coarse], neighbourhood=1)
-    assert features[0, 1].tolist() == [[0.0, 1.0, 3.0, 4.0]] * 4
+    features = patchae.concatenate_scales([fine, same, coarse], grid=4, neighbourhood=1)
+    assert features[0, 0].tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert torch.equal(features[0, 1], same[0, 0])
+    assert features[0, 2].tolist() == [[0, 1, 3, 4]] * 4
+    features = patchae.concatenate_scales([torch.full((1, 1, 1, 1), 6.0)], grid=3, neighbourhood=3)
+    assert features.flatten().tolist() == pytest.approx([2] * 9)
 
 
+def test_contrast_is_tempered_by_hand():
+    """(3, 4) has the length 5 and is divided by √5; four times as long, (12, 16), it becomes twice as long,
+    not four times. Nothing stays nothing, and gives a gradient that is a number."""
+    features = torch.tensor([[3.0, 12.0, 0.0], [4.0, 16.0, 0.0]]).view(1, 2, 1, 3).requires_grad_()
+    tempered = patchae.temper_contrast(features)
+    tempered.sum().backward()
+    expected = torch.tensor([[3.0, 6.0, 0.0], [4.0, 8.0, 0.0]]) / 5**.5
+    torch.testing.assert_close(tempered[0, :, 0].detach(), expected)
+    assert features.grad.isfinite().all()
+
+
+def test_neighbours_by_hand():
+    """The numbers 1 to 9 on a 3 × 3 map, k = 3: the sum over the n that exist, by k √n.
+
+    Corner, n = 4: (1 + 2 + 4 + 5) / (3 · 2) = 2. Edge, n = 6: (1 + … + 6) / (3 √6). Middle: 45 / 9.
+    k = 5: every place sees all nine, 45 / (5 · 3) = 3.
+    """
+    numbers = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    average = patchae.average_neighbours(numbers, 3)[0, 0]
+    found = [average[0, 0].item(), average[0, 1].item(), average[1, 1].item()]
+    assert found == pytest.approx([2, 21 / (3 * 6**.5), 5])
+    torch.testing.assert_close(patchae.average_neighbours(numbers, 5), torch.full((1, 1, 3, 3), 3.0))
+
+
+def test_noise_is_as_strong_at_the_border_as_inside():
+    """Of independent values with deviation 1 every k = 3 average has the deviation 1/3, corners too.
+
+    A plain mean over the neighbours that exist has 1/√4 in a corner, 1.5 times that of the inside: the
+    corners of normal images would lie farthest from each other.
+    """
+    noise = torch.randn(1, 20000, 5, 5)
+
+    def corner_edge_inside(maps):
+        return [maps[0, :, i, j].std().item() for i, j in ((0, 4), (4, 2), (2, 2))]
+
+    plain = F.avg_pool2d(noise, 3, stride=1, padding=1, count_include_pad=False)
+    assert corner_edge_inside(plain) == pytest.approx([1 / 2, 6**-.5, 1 / 3], rel=.03)
+    assert corner_edge_inside(patchae.average_neighbours(noise, 3)) == pytest.approx([1 / 3] * 3, rel=.03)
+
+
+# ---- pixels -------------------------------------------------------------------------------------
 def test_patchify_by_hand():
-    """Patch (0, 1) of p = 2 holds the pixels of rows 0, 1 and columns 2, 3, channel by channel."""
-    image = torch.arange(3 * 4 * 4.0).view(1, 3, 4, 4)
+    """Patch (0, 1) of p = 2: the pixels of rows 0, 1 and columns 2, 3, channel by channel, normalised."""
+    image = torch.rand(1, 3, 4, 6)
+    expected = (image[0, :, :2, 2:4].numpy() - MEAN) / STD
     patch = patchae.patchify(image, 2)[0, :, 0, 1]
-    assert patch.tolist() == [2, 3, 6, 7, 18, 19, 22, 23, 34, 35, 38, 39]
+    np.testing.assert_allclose(patch, expected.flatten(), rtol=1e-4, atol=1e-6)
 
 
-def test_patchify_and_unpatchify_are_inverse():
-    """Both ways, also for an image that is not square."""
-    image = torch.rand(2, 3, 24, 40)
-    assert torch.equal(patchae.unpatchify(patchae.patchify(image, 8), 8), image)
-    patches = torch.rand(2, 192, 3, 5)
-    assert torch.equal(patchae.patchify(patchae.unpatchify(patches, 8), 8), patches)
+def test_unpatchify_is_the_inverse_and_clips():
+    """Back to the same image, also one that is not square; what is brighter than white becomes white."""
+    image = 3 * torch.rand(2, 3, 24, 40) - 1
+    torch.testing.assert_close(patchae.unpatchify(patchae.patchify(image, 8), 8), image.clamp(0, 1))
 
 
-def test_normalise_by_hand():
-    """ImageNet's mean colour becomes 0, one deviation more becomes 1; denormalise undoes it."""
-    mean, std = torch.tensor(patchae.IMAGENET_MEAN), torch.tensor(patchae.IMAGENET_STD)
-    image = torch.stack([mean, mean + std], dim=1).view(1, 3, 1, 2)
-    normalised = patchae.normalise(image)
-    torch.testing.assert_close(normalised, torch.tensor([[[[0.0, 1.0]]] * 3]).view(1, 3, 1, 2))
-    torch.testing.assert_close(patchae.denormalise(normalised), image)
-
-
-def one_defect(monkeypatch, paint, alpha):
-    """Make every defect draw this paint with this opacity."""
-    monkeypatch.setattr(patchae, "DEFECT_KINDS", (lambda other, h, w, rng: (paint, alpha(h, w)),))
-    monkeypatch.setattr(patchae, "MOST_DEFECTS", 1)
-
-
+# ---- ⊗: artificial defects ----------------------------------------------------------------------
 def test_defects_blend_by_hand(monkeypatch):
-    """I ← (1 − α) I + α paint: 0.75 · 0.4 + 0.25 · 0.8 = 0.5 in the box, 0.4 outside."""
-    one_defect(monkeypatch, torch.full((3, 1, 1), 0.8), lambda h, w: torch.full((1, h, w), 0.25))
-    image = torch.full((3, 64, 64), 0.4)
-    defected, mask = patchae.add_defects(image, image, patchae.seeded(0))
-    inside = mask.expand_as(image)
-    assert 0 < mask.sum() < 64 * 64 and mask.any(dim=1).sum() * mask.any(dim=2).sum() == mask.sum()
-    torch.testing.assert_close(defected[inside], torch.full_like(defected[inside], 0.5))
-    assert torch.equal(defected[~inside], image[~inside])
+    """I ← (1 − α) I + α paint: 0.75 · 0.4 + 0.25 · 0.8 = 0.5 where α = 0.25, 0.4 elsewhere.
+
+    The mask is True where α > 0, here in the left column of the box, and the given image stays as it was.
+    A defect may take pixels of the other image.
+    """
+    image, given = torch.full((3, 64, 64), 0.4), []
+
+    def left_column(other, h, w):
+        given.append((other[0, 0, 0].item(), h))
+        return torch.full((3, 1, 1), 0.8), 0.25 * torch.eye(1, w).expand(1, h, w)
+
+    monkeypatch.setattr(patchae, "DEFECT_KINDS", (left_column,))
+    monkeypatch.setattr(patchae, "MOST_DEFECTS", 1)
+    defected, mask = patchae.add_defects(image, torch.ones(3, 64, 64))
+    assert given == [(1, mask.sum())] and mask[0].any(dim=0).sum() == 1
+    assert mask.dtype == torch.bool and mask.shape == (1, 64, 64)
+    torch.testing.assert_close(defected, torch.where(mask, 0.5, 0.4).expand(3, 64, 64))
+    assert (image == 0.4).all()
 
 
-@pytest.mark.parametrize("kind", patchae.DEFECT_KINDS, ids=lambda kind: kind.__name__)
-def test_each_kind_of_defect_shows_and_stays_in_its_mask(monkeypatch, kind):
-    """In the mask most pixels change, outside none, all stay in [0, 1]; the input is not written."""
-    monkeypatch.setattr(patchae, "DEFECT_KINDS", (kind,))
-    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 96), indexing="ij")
-    image = torch.stack([x, y, x * y])
-    before = image.clone()
-    for seed in range(20):
-        defected, mask = patchae.add_defects(image, image.flip(2), patchae.seeded(seed))
+def test_number_kind_and_box_of_defects_vary(monkeypatch):
+    """1 to 6 in an image, of four kinds, in boxes of 1/24 to 1/4 of the height and of the width, anywhere.
+
+    The pixels that change are those of the mask, and stay in [0, 1].
+    """
+    kinds, drawn, counts = patchae.DEFECT_KINDS, [], set()
+
+    def watched(kind):
+        return lambda other, h, w: drawn.append((kind.__name__, h, w)) or kind(other, h, w)
+
+    monkeypatch.setattr(patchae, "DEFECT_KINDS", [watched(kind) for kind in kinds])
+    image, ever = torch.rand(3, 48, 192), torch.zeros(48, 192, dtype=bool)
+    for _ in range(100):
+        before = len(drawn)
+        defected, mask = patchae.add_defects(image, image.flip(2))
+        counts.add(len(drawn) - before)
+        ever |= mask[0]
         changed = (defected != image).any(dim=0, keepdim=True)
-        assert mask.dtype == torch.bool and mask.shape == (1, 96, 96) and mask.any()
-        assert not (changed & ~mask).any() and changed[mask].float().mean() > 0.9
-        assert defected.min() >= 0 and defected.max() <= 1 and torch.equal(image, before)
+        assert not (changed & ~mask).any() and (changed == mask).float().mean() > .99
+        assert 0 <= defected.min() and defected.max() <= 1
+    names, heights, widths = zip(*drawn)
+    assert counts == {1, 2, 3, 4, 5, 6} and set(names) == {"altered_paste", "scratch", "stain", "noise_blob"}
+    assert (min(heights), max(heights)) == (3, 12) and 9 <= min(widths) <= 12 and 40 < max(widths) <= 48
+    assert all(part.any() for part in (ever[:2], ever[-2:], ever[:, :6], ever[:, -6:]))
 
 
-def test_paste_takes_from_the_other_image():
-    """altered_paste shows the other image's content: of a red image, nothing but red."""
-    red = torch.zeros(3, 64, 64)
-    red[0] = 0.5
-    paint, alpha = patchae.altered_paste(red, 20, 30, patchae.seeded(1))
-    assert paint.shape == (3, 20, 30) and alpha.shape == (1, 20, 30)
-    assert (paint[0] > 0).all() and (paint[1:] == 0).all()
+def test_blob_by_hand(monkeypatch):
+    """Without noise a blob is (disc − 0.3) / softness, cut to [0, 1], with disc = 1 − x² − y².
+
+    On 5 × 5 points, x and y = −1, −½, 0, ½, 1, the disc's middle rows are 0, ½, ¾, ½, 0 and
+    0, ¾, 1, ¾, 0. A stain has the softness 1, a noise blob and a paste 0.1: cut out. Stain and noise blob
+    are multiplied by their opacity, here 0.6.
+    """
+    soft = torch.tensor([[0, 0, 0, 0, 0], [0, .2, .45, .2, 0], [0, .45, .7, .45, 0], [0, .2, .45, .2, 0],
+                         [0, 0, 0, 0, 0]])
+    monkeypatch.setattr(torch, "randn", lambda *shape: torch.zeros(shape))
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.6)
+    for alpha, expected in ((patchae.irregular_blob(5, 5, 1.0), soft),
+                            (patchae.stain(None, 5, 5)[1], .6 * soft),
+                            (patchae.noise_blob(None, 5, 5)[1], .6 * (soft > 0)),
+                            (patchae.altered_paste(torch.rand(3, 9, 9), 5, 5)[1], 1.0 * (soft > 0))):
+        torch.testing.assert_close(alpha, expected[None])
 
 
-def test_scratch_is_thin_and_stain_is_soft():
-    """A scratch covers little of its box; a stain has many opacities, a noise blob few soft ones."""
-    scratch = torch.stack([patchae.scratch(None, 60, 60, patchae.seeded(s))[1] for s in range(20)])
-    blob = torch.stack([patchae.noise_blob(None, 60, 60, patchae.seeded(s))[1] for s in range(20)])
-    stain = torch.stack([patchae.stain(None, 60, 60, patchae.seeded(s))[1] for s in range(20)])
-    assert (scratch > 0).float().mean() < 0.25 < (blob > 0).float().mean()
-
-    def soft(alpha):
-        """Part of the covered pixels that is not at the full opacity of its defect."""
-        full = alpha.amax(dim=(1, 2, 3), keepdim=True)
-        return ((alpha > 0) & (alpha < 0.9 * full)).sum() / (alpha > 0).sum()
-
-    assert soft(stain) > 2 * soft(blob)
+def test_blob_is_irregular_and_ends_inside_its_box():
+    """With noise no blob is its own mirror image; at the box's border it is 0, so that no edge is cut."""
+    blobs = torch.cat([patchae.irregular_blob(20, 30, .1) for _ in range(200)])
+    assert (blobs - blobs.flip(2)).abs().amax(dim=(1, 2)).min() > .1
+    border = torch.cat([blobs[:, 0], blobs[:, -1], blobs[:, :, 0], blobs[:, :, -1]], dim=1)
+    assert (border == 0).all()
 
 
-def test_bilinear_upsampling_of_the_map_keeps_its_largest_place():
-    """The picture of the map glows where the map is largest."""
-    import evaluate
-    anomaly_map = torch.zeros(1, 8, 8)
-    anomaly_map[0, 2, 5] = 1
-    up = evaluate.upsample(anomaly_map, (64, 64))[0]
-    assert np.unravel_index(up.argmax(), up.shape)[0] // 8 == 2 and up.argmax() % 64 // 8 == 5
-    np.testing.assert_allclose(up, F.interpolate(anomaly_map[None], (64, 64), mode="bilinear")[0, 0])
+def test_scratch_by_hand(monkeypatch):
+    """A straight scratch along row 10: one or three pixels wide, then softened over three.
+
+    Across it α is ⅓ ⅓ ⅓ or ⅓ ⅔ 1 ⅔ ⅓ of its opacity, here 0.6, all along it, without a gap.
+    """
+    rand, seen = torch.rand, set()
+    line = torch.tensor([[.5, 0], [.5, .5], [.5, 1]]).view(3, 2, 1)  # (y, x) of start, bend and end
+    monkeypatch.setattr(torch, "rand", lambda *shape: line if shape == (3, 2, 1) else rand(*shape))
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.6)
+    for _ in range(20):
+        alpha = patchae.scratch(None, 21, 40)[1][0] / .6 * 3
+        torch.testing.assert_close(alpha[:, 2:-2], alpha[:, 20:21].expand(21, 36))
+        seen.add(tuple(alpha[:, 20].round().int().tolist()))
+    away = (0,) * 8
+    assert seen == {(*away, 0, 1, 1, 1, 0, *away), (*away, 1, 2, 3, 2, 1, *away)}
+
+
+def test_noise_blob_has_every_grain():
+    """Neighbouring pixels of uniform noise differ by 1/3 on average; interpolated between cells 4 times as
+    large, by less than a quarter of that."""
+    textures = torch.stack([patchae.noise_blob(None, 48, 48)[0] for _ in range(60)])
+    rough = textures.diff(dim=3).abs().mean(dim=(1, 2, 3))
+    assert rough.max().item() == pytest.approx(1 / 3, rel=.1) and .03 < rough.min() < 1 / 12
+
+
+def test_paste_is_a_flipped_and_recoloured_part_of_the_image():
+    """Red rises to the right and green downwards: in a paste one of the two falls. Each channel has its own
+    gain of 0.6 to 1.4, and stays at most 1."""
+    y, x = torch.meshgrid(torch.arange(64.), torch.arange(96.), indexing="ij")
+    other = torch.stack([.1 + x / 200, .1 + y / 200, torch.full_like(x, .5)])
+    turned, gains = set(), []
+    for _ in range(60):
+        paint = patchae.altered_paste(other, 20, 30)[0]
+        red, green = 200 * paint[0, 0].diff().mean().item(), 200 * paint[1, :, 0].diff().mean().item()
+        turned.add((red > 0, green > 0))
+        gains.append((abs(red), abs(green), 2 * paint[2].mean().item()))
+    assert turned == {(True, False), (False, True)}
+    assert .59 < np.min(gains) < .65 and 1.35 < np.max(gains) < 1.41
+    assert np.abs(np.corrcoef(np.transpose(gains))[~np.eye(3, dtype=bool)]).max() < .5
+    assert max(patchae.altered_paste(torch.full((3, 9, 9), .9), 4, 4)[0].max() for _ in range(9)) == 1
+
+
+# ---- what training counts -----------------------------------------------------------------------
+def test_defective_patches_are_drawn_more_often():
+    """3 of 100 patches are defective: `share` of the drawn ones is of these three, the rest of all 100."""
+    defective = torch.zeros(100, dtype=bool)
+    defective[[7, 50, 99]] = True
+    for share, expected in ((0.0, .03), (0.5, .5 + .5 * .03), (1.0, 1.0)):
+        drawn = patchae.draw_patches(defective, 4000, share)
+        assert drawn.shape == (4000,)
+        assert defective[drawn].float().mean().item() == pytest.approx(expected, abs=.01)
+        assert set(drawn.tolist()) == (set(range(100)) if share < 1 else {7, 50, 99})
+    assert set(patchae.draw_patches(torch.zeros(9, dtype=bool), 400, 1.0).tolist()) == set(range(9))
+
+
+def test_rebuilt_share_by_hand():
+    """A defect of 0.8 on 0.4: drawn perfectly 0, painted over with the normal 0.4 it is 1; half-way, 0.6,
+    the error is half as large and its square a quarter. What is rebuilt outside the mask does not count."""
+    normal = torch.full((1, 3, 2, 2), .4)
+    mask = torch.tensor([[True, False], [False, False]]).view(1, 1, 2, 2)
+    defected = torch.where(mask, .8, normal)
+    for value, share in ((.8, 0), (.4, 1), (.6, .25)):
+        rebuilt = torch.where(mask, value, torch.rand(1, 3, 2, 2))
+        assert patchae.rebuilt_share(rebuilt, defected, normal, mask) == pytest.approx(share, abs=1e-6)

@@ -1,279 +1,409 @@
-"""The claims about the model: one vector, one patch; distances kept; the memory; the notation."""
+"""The claims about the model: what it sees, one vector and one patch, training, the memory, the border."""
+import ast
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import patchae
-from patchae import Config
+import train
 
-SMALL = {"backbone": "resnet18", "weights": "random", "image_size": 64, "layers": (1, 2)}
-
-
-def small_model(**options):
-    """A PatchAE of 64 × 64 pixels with random weights."""
-    return patchae.build_model(Config(**{**SMALL, **options}))[0]
+SMALL = {"backbone": "resnet18", "weights": "random", "image_size": 64, "layers": (1, 2), "patch_size": 4}
+MEAN, STD = np.array([[[.485]], [[.456]], [[.406]]]), np.array([[[.229]], [[.224]], [[.225]]])
 
 
-def places_that_reach(decoder, i, j, size=8):
-    """The grid places of R whose vectors the patch at (i, j) depends on, by its gradient."""
-    r = torch.rand(1, 6, size, size, requires_grad=True)
-    patchae.rebuild(r, decoder)[0, :, i, j].sum().backward()
+def make_model(**options):
+    """A PatchAE of 64 × 64 pixels, 16 × 16 patches, with random weights; Φ has 64 + 128 channels."""
+    return patchae.build_model(patchae.Config(**{**SMALL, **options}))
+
+
+def draw_images(count, cells):
+    """Smooth random textures (count, 3, 64, 64) uint8."""
+    colours = 51 + 153 * torch.rand(count, 3, cells, cells)
+    return F.interpolate(colours, (64, 64), mode="bilinear").byte()
+
+
+def nearest(vectors, memory):
+    """Distances (n,) to the nearest vector of the memory, by scikit-learn in double precision."""
+    search = NearestNeighbors(n_neighbors=1).fit(torch.cat(memory).double().numpy())
+    return search.kneighbors(vectors.double().numpy())[0][:, 0]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One model for the tests that only look; no weight of its encoder and decoder is as at the start."""
+    model = make_model()
+    with torch.no_grad():
+        for weights in (*model.encoder.parameters(), *model.decoder.parameters()):
+            weights += .02 * torch.randn_like(weights)
+    return model
+
+
+# ---- the backbone -------------------------------------------------------------------------------
+def test_backbone_is_torchvisions_with_mirrored_borders():
+    """Another route: in torchvision's network put a ReflectionPad2d in front of each convolution that
+    would add zeros, and listen behind stages 1 and 3. The statistics are the stored ones, not the batch's."""
+    backbone = patchae.make_backbone("resnet18", (1, 3))
+    resnet = torchvision.models.resnet18(weights=None).eval()
+    resnet.load_state_dict(backbone.state_dict(), strict=False)
+    image, maps = torch.randn(2, 3, 64, 96), {}
+    for name in ("layer1", "layer3"):
+        resnet.get_submodule(name).register_forward_hook(lambda *io, name=name: maps.update({name: io[2]}))
+    for module in list(resnet.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d) and child.padding != (0, 0):
+                setattr(module, name, nn.Sequential(nn.ReflectionPad2d(child.padding[0]), child))
+                child.padding = (0, 0)
+    with torch.no_grad():
+        resnet(image)
+        torch.testing.assert_close(dict(backbone(image)), maps, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_of_all_backbones():
+    """The stages halve the image 2 to 5 times; without a number being computed, shapes tell."""
+    for name in ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2"):
+        channels = [64, 128, 256, 512] if name == "resnet18" else [256, 512, 1024, 2048]
+        with torch.device("meta"):
+            maps = patchae.make_backbone(name, (1, 2, 3, 4))(torch.zeros(1, 3, 64, 64))
+        assert [m.shape[1:] for m in maps.values()] == [(c, s, s) for c, s in zip(channels, (16, 8, 4, 2))]
+
+
+@torch.no_grad()
+def test_features_are_the_tempered_maps_of_the_normalised_image():
+    """Without averaging Φ of two stages on the grid of the first, by numpy: the map of stage 1, each vector
+    divided by the root of its length, then that of stage 2, twice as large by interpolation."""
+    model, image = make_model(neighbourhood=1), torch.rand(2, 3, 64, 64)
+    fine, coarse = model.backbone(((image - torch.tensor(MEAN)) / torch.tensor(STD)).float()).values()
+    fine, coarse = [m / np.linalg.norm(m, axis=1, keepdims=True)**.5 for m in (fine.numpy(), coarse.numpy())]
+    features = model.features(image).numpy()
+    np.testing.assert_allclose(features[:, :64], fine, rtol=1e-3, atol=1e-4)
+    between = (coarse[:, :, 3:5, 3:5] * [[[[9, 3], [3, 1]]]]).sum(axis=(2, 3)) / 16
+    np.testing.assert_allclose(features[:, 64:, 7, 7], between, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_statistics_are_those_of_all_batches():
+    """The first normalisation's mean and variance, by numpy: the average over a dark and a bright batch of
+    what the first convolution makes of them. Afterwards nothing changes with the images any more."""
+    backbone = patchae.make_backbone("resnet18", (1,))
+    batches = [torch.rand(4, 3, 64, 64) * .2, torch.rand(4, 3, 64, 64)]
+    patchae.calibrate_batch_norm(backbone, iter(batches))
+    seen = []
+    for batch in batches:
+        mirrored = np.pad((batch.numpy() - MEAN) / STD, ((0, 0), (0, 0), (3, 3), (3, 3)), mode="reflect")
+        weight = backbone.conv1.weight.detach().double()
+        seen.append(F.conv2d(torch.tensor(mirrored), weight, stride=2).numpy())
+    mean = np.mean([s.mean(axis=(0, 2, 3)) for s in seen], axis=0)
+    variance = np.mean([s.var(axis=(0, 2, 3), ddof=1) for s in seen], axis=0)
+    np.testing.assert_allclose(backbone.bn1.running_mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(backbone.bn1.running_var, variance, rtol=1e-3)
+    assert not any(module.training for module in backbone.modules())
+
+
+# ---- encoder and decoder ------------------------------------------------------------------------
+def places_that_reach(layers, i, j, channels):
+    """The grid places whose vectors the output of the layers at (i, j) depends on, by its gradient."""
+    r = torch.rand(1, channels, 8, 8, requires_grad=True)
+    patchae.rebuild(r, layers)[0, :, i, j].sum().backward()
     return [tuple(place) for place in r.grad[0].abs().sum(dim=0).nonzero().tolist()]
 
 
-def test_one_vector_one_patch():
-    """With 1×1 layers the patch (2, 5) depends on the vector (2, 5) and on no other."""
-    torch.manual_seed(0)
-    decoder = [nn.Conv2d(6, 6, 1), nn.Conv2d(6, 12, 1)]
-    reached = places_that_reach(decoder, 2, 5)
+def test_one_vector_one_patch(shared):
+    """The model's decoder: the patch (2, 5) depends on the vector (2, 5) and on no other. Likewise the
+    encoder makes that vector from the features at (2, 5) alone."""
+    reached = places_that_reach(shared.decoder, 2, 5, 192)
     print(f"\n1×1 decoder: patch (2, 5) is rebuilt from {len(reached)} vector: {reached}")
-    assert reached == [(2, 5)]
+    assert reached == places_that_reach(shared.encoder, 2, 5, 192) == [(2, 5)]
 
 
 def test_a_3x3_decoder_breaks_it():
     """Two 3×3 layers see 5 × 5 vectors: 25 neighbours could draw what this vector hides."""
-    torch.manual_seed(0)
-    decoder = [nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 12, 3, padding=1)]
-    for layer in decoder:
+    decoder = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 12, 3, padding=1))
+    for layer in (decoder[0], decoder[2]):
         layer.weight.data.abs_()  # no ReLU is at rest, so every dependence shows in the gradient
-    reached = places_that_reach(decoder, 2, 5)
+    reached = places_that_reach(decoder, 2, 5, 6)
     print(f"\n3×3 decoder: patch (2, 5) is rebuilt from {len(reached)} vectors: {reached}")
     assert len(reached) == 25 and min(reached) == (0, 3) and max(reached) == (4, 7)
 
 
-def test_the_models_own_layers_are_1x1():
-    """So the two tests above speak of this model; the rebuilt patches cover the image."""
-    model = small_model()
-    assert {layer.kernel_size for part in (model.encoder, model.decoder) for layer in part} == {(1, 1)}
-    r, rebuilt = model(torch.rand(2, 3, 64, 64))
-    assert r.shape == (2, 192, 16, 16) and r.min() >= 0
-    assert patchae.unpatchify(rebuilt, model.p).shape == (2, 3, 64, 64)
-
-
-@pytest.mark.parametrize("name, layers, size, channels, grid", [
-    ("resnet18", (2, 3), 64, 384, 8), ("resnet18", (1, 2, 3), 96, 448, 24),
-    ("resnet50", (2, 3), 64, 1536, 8), ("wide_resnet50_2", (2, 3), 64, 1536, 8)])
-def test_features_of_every_backbone(name, layers, size, channels, grid):
-    """⊕ has the channels of all stages in use, on the grid of the finest, and no negative value."""
-    model = patchae.PatchAE(Config(backbone=name, layers=layers, image_size=size))
-    features = model.features(torch.rand(1, 3, size, size))
-    assert features.shape == (1, channels, grid, grid) and features.min() >= 0
-    assert model.p == size // grid
-    assert not hasattr(model.backbone, f"layer{max(layers) + 1}")
-
-
-def test_backbone_is_torchvisions_resnet():
-    """Cutting it changes no number: the same maps as the whole network's, hooked at layer2."""
-    torch.manual_seed(0)
-    resnet = torchvision.models.resnet18(weights=None).eval()
-    backbone = patchae.Backbone("resnet18", (2,))
-    backbone.load_state_dict(resnet.state_dict(), strict=False)
-    seen, image = [], torch.rand(2, 3, 64, 64)
-    resnet.layer2.register_forward_hook(lambda module, given, out: seen.append(out))
-    resnet(patchae.normalise(image))
-    torch.testing.assert_close(backbone(image)[0], seen[0], rtol=1e-4, atol=1e-5)
-
-
-def test_identity_start_makes_r_the_features():
-    """Before training R is exactly Φ, so trained R is compared with raw features on equal terms."""
-    model = small_model()
-    patchae.preserve_distances(model.encoder, model.decoder, torch.rand(50, 192))
-    features = model.features(torch.rand(2, 3, 64, 64))
-    assert torch.equal(patchae.represent(features, model.encoder), features)
-
-
-@pytest.mark.parametrize("channels, most", [(16, 0.9), (128, 0.05), (191, 1e-3)])
-def test_principal_start_keeps_distances_in_fewer_channels(channels, most):
-    """Distances in R are a projection's: never longer than in Φ, nearly as long with many channels."""
-    torch.manual_seed(0)
-    mixing = torch.randn(192, 192) * torch.logspace(0, -2, 192)[:, None]
-    features = (torch.randn(400, 192) @ mixing).abs()
-    model = small_model(channels=channels)
-    patchae.preserve_distances(model.encoder, model.decoder, features)
-    r = patchae.represent(features.T.reshape(1, 192, 20, 20), model.encoder)
-    hidden = model.decoder[0](r)
-    assert hidden.mean(dim=(0, 2, 3)).abs().max() < 1e-2 * r.mean()  # the decoder sees no shift
-    r = r.flatten(2)[0].T
-    assert r.min() > 0  # neither ReLU cuts anything off
-    # scikit-learn's principal components give the same distances
-    from sklearn.decomposition import PCA
-    expected = torch.pdist(torch.tensor(PCA(channels).fit_transform(features.double().numpy())))
-    torch.testing.assert_close(torch.pdist(r).double(), expected, rtol=2e-3, atol=2e-3)
-    assert (1 - torch.pdist(r) / torch.pdist(features)).mean() < most
-
-
-def test_more_channels_than_features_are_refused():
-    """They would start at 0, behind a ReLU without a gradient, and never be of use."""
-    with pytest.raises(patchae.UserError, match="--channels 193"):
-        small_model(channels=193)
-    assert small_model(channels=193, encoder_start="random").encoder[0].out_channels == 193
-
-
-def test_gradient_reaches_the_backbone_only_when_fine_tuned():
-    """Frozen: no gradient. --finetune-backbone: gradients, and batch norm still in eval mode."""
+def test_training_starts_at_r_equal_to_the_features():
+    """R is exactly Φ before training, so trained R is compared with raw features on equal terms; a model
+    with a number of channels starts at random. Either rebuilds as many pixels as the image has."""
     image = torch.rand(2, 3, 64, 64)
+    for channels in (0, 10):
+        model = make_model(channels=channels)
+        r, rebuilt = model(image)
+        assert r.shape == (2, channels or 192, 16, 16)
+        assert torch.equal(r, model.features(image)) == (channels == 0)
+        assert patchae.unpatchify(rebuilt, 4).shape == image.shape
+
+
+def test_training_loss_by_another_route(shared):
+    """The mean over the drawn patches, one by one: number n is patch n of all patches of the batch in
+    reading order. Its pixels are cut from the image by hand, and normalised by numpy."""
+    image = torch.rand(3, 3, 64, 64)
+    drawn = torch.tensor([0, 17, 17, 255, 256, 700, 767])
+    loss = patchae.training_loss(shared, shared.features(image), image, drawn).item()
+    rebuilt, errors = shared(image)[1].detach().numpy(), []
+    for n in drawn.tolist():
+        b, i, j = np.unravel_index(n, (3, 16, 16))
+        patch = (image[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4].numpy() - MEAN) / STD
+        errors.append(np.mean((rebuilt[b, :, i, j] - patch.flatten())**2))
+    assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_training_moves_the_backbone_only_when_fine_tuned():
+    """Frozen, its weights get no gradient and stay; fine-tuned they move, but not the stored statistics."""
+    images = draw_images(3, 4)
+    held_out = (images / 255, *train.defected_batch(images, range(3)))
     for finetune in (False, True):
-        model = small_model(finetune_backbone=finetune)
-        patchae.training_loss(model, image, patchae.seeded(0)).backward()
+        model = make_model(finetune_backbone=finetune, steps=4, draws=2, patches=50, batch_size=2)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        train.fit(model, images, held_out, "part")
+        moved = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
+        assert {"encoder.0.weight", "decoder.2.weight"} < moved and "backbone.bn1.running_mean" not in moved
+        assert ("backbone.conv1.weight" in moved) == finetune
         assert (model.backbone.conv1.weight.grad is not None) == finetune
-        assert not model.backbone.training and model.encoder[0].weight.grad.abs().sum() > 0
 
 
-def test_training_loss_is_the_loss_of_the_chosen_part():
-    """All patches: the same as (E3) on the whole image. A part: its mean over parts is that too."""
-    model, image = small_model(patch_fraction=1.0), torch.rand(2, 3, 64, 64)
-    patches = patchae.patchify(patchae.normalise(image), model.p)
-    whole = patchae.reconstruction_loss(model(image)[1], patches).item()
-    assert patchae.training_loss(model, image, patchae.seeded(0)).item() == pytest.approx(whole, rel=1e-5)
-    model.config.patch_fraction = 0.25
+# ---- training, watched from outside -------------------------------------------------------------
+@pytest.fixture(scope="module")
+def watched():
+    """A training of 38 steps, 4 on each batch of 4 of 6 images. Returns the model, the images, what was held
+    out, the log, and of some functions all calls: (arguments, result)."""
+    model = make_model(steps=38, draws=4, batch_size=4, patches=200, lr=3e-3, defect_share=.25)
+    images = draw_images(6, 3)
+    patchae.calibrate_batch_norm(model.backbone, [images / 255])
+    held_out = (images / 255, *train.defected_batch(images, range(6)))
+    calls = {"add_defects": [], "draw_patches": [], "training_loss": [], "step": []}
+
+    def watch(name, function):
+        def watching(*arguments):
+            result = function(*arguments)
+            calls[name].append((arguments, result))
+            return result
+        return watching
+
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: calls["step"].append(
+        {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("add_defects", "draw_patches", "training_loss"):
+            patch.setattr(patchae, name, watch(name, getattr(patchae, name)))
+        log = train.fit(model, images, held_out, "part")
+    hook.remove()
+    return model, images, held_out, log, calls
+
+
+def test_input_and_target_are_the_images_with_their_defects(watched):
+    """What add_defects returned is the image of the loss, Φ is made of it, and a patch counts as defective
+    where a pixel of it is in the mask. A batch serves 4 steps with one Φ, each with other patches."""
+    model, _, _, _, calls = watched
+    assert len(calls["training_loss"]) == 38 and len(calls["add_defects"]) == 10 * 4
+    for step, ((_, features, image, drawn), _) in enumerate(calls["training_loss"]):
+        made = [result for _, result in calls["add_defects"][step // 4 * 4:][:4]]
+        assert torch.equal(image, torch.stack([defected for defected, _ in made]))
+        assert features is calls["training_loss"][step // 4 * 4][0][1]
+        (defective, count, share), result = calls["draw_patches"][step]
+        patches = [mask[0, y:y + 4, x:x + 4].any().item()
+                   for _, mask in made for y in range(0, 64, 4) for x in range(0, 64, 4)]
+        assert defective.tolist() == patches and (count, share) == (200, .25) and torch.equal(drawn, result)
+    torch.testing.assert_close(features, model.features(image))
+    assert len({tuple(drawn.tolist()) for (_, _, _, drawn), _ in calls["training_loss"]}) == 38
+
+
+def test_batches_are_random_and_get_new_defects(watched):
+    """Each batch is 4 different images, all 6 occur, in changing company, never twice with the same defects.
+    What is pasted comes from any other image, never from the image itself."""
+    _, images, _, _, calls = watched
+    def number(image):
+        return [torch.equal(image, known / 255) for known in images].index(True)
+
+    pairs = [(number(image), number(other)) for (image, other), _ in calls["add_defects"]]
+    batches = [tuple(sorted(image for image, _ in pairs[n:n + 4])) for n in range(0, 40, 4)]
+    assert all(len(set(batch)) == 4 for batch in batches) and set(sum(batches, ())) == set(range(6))
+    assert len(set(batches)) > 4
+    assert len(torch.stack([defected for _, (defected, _) in calls["add_defects"]]).unique(dim=0)) == 40
+    assert all(image != other for image, other in pairs) and {other for _, other in pairs} == set(range(6))
+
+
+def test_learning_rates_follow_one_cosine(watched):
+    """lr · (1 + cos(π t/T)) / 2 at step t of T = 38, the decoder from 3e-3, the encoder from 3e-4; the frozen
+    backbone has none."""
+    model, _, _, _, calls = watched
+    for t, rates in enumerate(calls["step"]):
+        factor = (1 + np.cos(np.pi * t / 38)) / 2
+        for part, lr in ((model.decoder, 3e-3), (model.encoder, 3e-4)):
+            assert [rates.pop(id(p)) for p in part.parameters()] == pytest.approx([lr * factor] * 4, rel=1e-5)
+        assert not rates
+    assert t == 37 and factor < .002
+
+
+def test_log_has_the_mean_loss_since_the_last_line(watched):
+    """10 lines at most: of 38 steps every fourth, and the last."""
+    _, _, _, log, calls = watched
+    losses = [loss.item() for _, loss in calls["training_loss"]]
+    steps = [row[0] for row in log]
+    assert steps == [4, 8, 12, 16, 20, 24, 28, 32, 36, 38]
+    expected = [np.mean(losses[begin:end]) for begin, end in zip([0, *steps], steps)]
+    assert [row[1] for row in log] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_learns_to_rebuild_defects(watched):
+    """The thesis in small: the loss falls, and of held-out defects more is rebuilt. The last line of the log
+    is of the final model, its share computed again by numpy."""
+    model, _, (normal, defected, masks), log, _ = watched
+    assert log[-1][1] < .6 * log[0][1] and log[-1][2] < .85 * log[0][2]
     with torch.no_grad():
-        parts = [patchae.training_loss(model, image, patchae.seeded(s)).item() for s in range(40)]
-    assert np.std(parts) > 0 and np.mean(parts) == pytest.approx(whole, rel=0.05)
+        patches = model(defected)[1].numpy().reshape(6, 3, 4, 4, 16, 16)  # channel; y, x in a patch; place
+    rebuilt = (patches.transpose(0, 1, 4, 2, 5, 3).reshape(6, 3, 64, 64) * STD + MEAN).clip(0, 1)
+    missing, everything = [(((other - defected.numpy())**2) * masks.numpy()).sum()
+                           for other in (rebuilt, normal.numpy())]
+    assert log[-1][2] == pytest.approx(missing / everything, rel=1e-3)
 
 
-def test_training_rebuilds_and_moves_the_encoder_less_than_the_decoder():
-    """Some steps on one batch lower (E3) a lot; the encoder, at its smaller rate, moves less."""
-    import train
-    model = small_model(epochs=30)
-    image = nn.functional.interpolate(torch.rand(4, 3, 4, 4), (64, 64), mode="bilinear")
-    patchae.preserve_distances(model.encoder, model.decoder, torch.rand(9, 192))
-    optimizer = train.make_optimizer(model)
-    before = [layer[0].weight.detach().clone() for layer in (model.encoder, model.decoder)]
-    losses = [train.train_epoch(model, optimizer, iter([(image, None)]), epoch, 1) for epoch in range(30)]
-    moved = [(layer[0].weight - old).abs().max() for layer, old in
-             zip((model.encoder, model.decoder), before)]
-    assert losses[-1] < 0.5 * losses[0] and 0 < moved[0] < moved[1] / 5
+def test_defects_or_none():
+    """--no-defects: the chosen images in their order, in [0, 1], and empty masks. With defects only the
+    pixels in the masks change, also where a single image has no other to paste from."""
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    normal, masks = train.defected_batch(images, [3, 1], defects=False)
+    assert torch.equal(normal, images[[3, 1]] / 255)
+    assert masks.shape == (2, 1, 64, 64) and masks.dtype == torch.bool and not masks.any()
+    defected, masks = train.defected_batch(images[:1], [0])
+    assert masks.any() and torch.equal(defected * ~masks, images[:1] / 255 * ~masks)
 
 
-def vectors_and_memory(kind="feature", fraction=1.0):
-    """A model, five images, their memory, their vectors (N, P, C)."""
-    model, images = small_model(), torch.rand(5, 3, 64, 64)
+# ---- the memory and the scores ------------------------------------------------------------------
+@torch.no_grad()
+def test_vectors_are_in_reading_order(shared):
+    """Vector k of an image belongs to the place (k // W', k % W'): of R, or of Φ for kind "backbone"."""
+    image = torch.rand(2, 3, 64, 64)
+    for kind, expected in (("feature", shared(image)[0]), ("backbone", shared.features(image))):
+        vectors = patchae.patch_vectors(shared, image, kind)
+        assert vectors.shape == (2, 256, 192)
+        for k in (0, 1, 16, 100, 255):
+            torch.testing.assert_close(vectors[:, k], expected[:, :, k // 16, k % 16])
+
+
+def test_memory_keeps_a_random_part_of_each_image(shared, monkeypatch):
+    """⌈F · P⌉ vectors of each image in turn, at least one, each its own, from random places, the same for the
+    same seed however the images come in batches."""
+    images, kept = torch.rand(3, 3, 64, 64), {}
     with torch.no_grad():
-        memory = patchae.build_memory(model, images.split(2), 5, kind, fraction)
-        return model, images, memory, patchae.patch_vectors(model, images, kind)
+        vectors = patchae.patch_vectors(shared, images)
+    for fraction, seed, size, n in ((.1, 0, 2, 26), (.1, 0, 3, 26), (.1, 1, 3, 26), (0, 0, 3, 1),
+                                    (1, 0, 3, 256)):
+        monkeypatch.setattr(shared.config, "memory_fraction", fraction)
+        monkeypatch.setattr(shared.config, "seed", seed)
+        places = []
+        for own, part in zip(vectors, patchae.build_memory(shared, images.split(size)), strict=True):
+            distance = (part[:, None] - own).norm(dim=2)                  # (n, P)
+            places.append(distance.argmin(dim=1).tolist())
+            assert distance.amin(dim=1).max() < 1e-3 and len(part) == len(set(places[-1])) == n
+        kept[fraction, seed, size] = places
+    assert kept[.1, 0, 2] == kept[.1, 0, 3] != kept[.1, 1, 3]
+    first, second, _ = kept[.1, 0, 3]
+    assert first != second and min(max(first), max(second)) > 200
 
 
-def test_memory_holds_every_vector_of_every_image():
-    """A fraction of 1 keeps all vectors of an image, in any order; normal images then score 0."""
-    model, images, memory, vectors = vectors_and_memory()
-    assert memory.shape == vectors.shape == (5, 256, 192)
-    torch.testing.assert_close(memory.sum(dim=1), vectors.sum(dim=1))
+@pytest.mark.parametrize("kind", ["feature", "backbone"])
+def test_maps_by_another_route(shared, kind):
+    """(E4) place by place, by scikit-learn: new images; a normal one against a memory without itself, where
+    it is far from the others, and with itself, where it is at 0."""
+    images = torch.rand(6, 3, 64, 64)
+    memory = patchae.build_memory(shared, images[:4].split(3), kind)
+    others = memory[:2] + memory[3:]
     with torch.no_grad():
-        maps = patchae.score_maps(model, images, memory, "feature")
-    assert maps.max() < 5e-3 * memory.norm(dim=2).mean()  # not 0: (a − b)² by a matrix product
-    assert patchae.score_maps(model, images.flip(3), memory, "feature").max() > 10 * maps.max()
+        vectors = patchae.patch_vectors(shared, images, kind)
+    expected = np.stack([nearest(vectors[n], known) for n, known in ((4, memory), (5, memory), (2, others))])
+    new = patchae.score_maps(shared, images[4:], memory, kind)
+    alone = patchae.score_maps(shared, images[2:3], others, kind)
+    np.testing.assert_allclose(torch.cat([new, alone]), expected.reshape(3, 16, 16), rtol=1e-2)
+    assert patchae.score_maps(shared, images[2:3], memory, kind).max() < .05 * alone.min()
 
 
-def test_memory_fraction_keeps_a_seeded_part_of_each_image():
-    """⌈F · P⌉ vectors of each image, all its own, the same for the same seed."""
-    model, images, memory, vectors = vectors_and_memory(fraction=0.1)
-    assert memory.shape == (5, 26, 192)
-    for own, kept in zip(vectors, memory):
-        assert torch.cdist(kept, own, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-4
+def test_reconstruction_kind_is_the_error_of_each_patch(shared):
+    """--score reconstruction: the mean squared difference of each patch, by numpy, without a memory."""
+    image = torch.rand(2, 3, 64, 64)
+    found = patchae.score_maps(shared, image, None, "reconstruction")
+    rebuilt = F.pixel_shuffle(shared(image)[1].detach(), 4).numpy()
+    error = (rebuilt - (image.numpy() - MEAN) / STD)**2
+    np.testing.assert_allclose(found, error.reshape(2, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5)), rtol=1e-4)
+
+
+def test_normal_scores_leave_the_image_itself_out(shared, monkeypatch):
+    """The largest distance to the vectors of all other images, by scikit-learn; of at most threshold_images
+    images, evenly spread, and of none where there is no other."""
+    images = draw_images(5, 16)
     with torch.no_grad():
-        again = patchae.build_memory(model, images.split(3), 5, "feature", 0.1)
-    torch.testing.assert_close(again, memory)
+        vectors = list(patchae.patch_vectors(shared, images / 255))
+    expected = np.array([nearest(vectors[n], vectors[:n] + vectors[n + 1:]).max() for n in range(5)])
+    for most, chosen in ((2, [0, 2]), (0, []), (100, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(shared.config, "threshold_images", most)
+        np.testing.assert_allclose(train.normal_scores(shared, images), expected[chosen], rtol=1e-3)
+    assert len(train.normal_scores(shared, images[:1])) == 0
 
 
-def test_scoring_by_another_route():
-    """(E4) over a whole memory, and with one image left out, by scikit-learn's nearest neighbour."""
-    model, images, memory, vectors = vectors_and_memory("backbone")
-    with torch.no_grad():
-        whole = patchae.score_maps(model, images.flip(3), memory, "backbone")
-        flipped = patchae.patch_vectors(model, images.flip(3), "backbone")
-        for n in range(5):
-            own = patchae.score_maps(model, images[n:n + 1], memory, "backbone", own=n)
-            others = np.concatenate([vectors[m].numpy() for m in range(5) if m != n])
-            search = NearestNeighbors(n_neighbors=1).fit(others)
-            expected = search.kneighbors(vectors[n].numpy())[0].reshape(16, 16)
-            np.testing.assert_allclose(own[0], expected, rtol=1e-3)
-    search = NearestNeighbors(n_neighbors=1).fit(memory.flatten(0, 1).numpy())
-    expected = search.kneighbors(flipped.flatten(0, 1).numpy())[0].reshape(5, 16, 16)
-    np.testing.assert_allclose(whole, expected, rtol=1e-3)
+def test_the_border_of_normal_images_is_as_normal_as_their_inside():
+    """Scored against each other, 12 random textures are as far apart in the outermost ring of patches and in
+    the corners as inside. With a plain mean over the neighbours that exist the corners are 1.35 times as far,
+    with zeros around the image 0.8 times. A dark spot at the border is still the worst place of its image."""
+    images, spotted = draw_images(12, 16) / 255, draw_images(4, 16) / 255
+    model = make_model()
+    patchae.calibrate_batch_norm(model.backbone, images.split(6))
+    memory = patchae.build_memory(model, images.split(6))
+    maps = torch.cat([patchae.score_maps(model, images[n:n + 1], memory[:n] + memory[n + 1:])
+                      for n in range(12)])
+    inside = maps[:, 1:-1, 1:-1].mean()
+    ring = (maps.sum() - maps[:, 1:-1, 1:-1].sum()) / (12 * 60) / inside
+    corners = maps[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() / inside
+    print(f"\nouter ring {ring:.2f}, corners {corners:.2f} times the inside")
+    assert .94 < ring < 1.08 and .9 < corners < 1.15
+    places = [(0, 0), (0, 7), (14, 14), (9, 14)]
+    for image, (i, j) in zip(spotted, places):
+        image[:, 4 * i:4 * i + 8, 4 * j:4 * j + 8] = 0
+    for anomaly_map, (i, j) in zip(patchae.score_maps(model, spotted, memory), places):
+        y, x = np.unravel_index(anomaly_map.argmax().item(), (16, 16))
+        assert i - 1 <= y <= i + 2 and j - 1 <= x <= j + 2
 
 
-def test_reconstruction_kind_is_the_error_of_each_patch():
-    """--score reconstruction: mean squared difference of each 4 × 4 patch, by numpy."""
-    model, image = small_model(), torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        found = patchae.score_maps(model, image, None, "reconstruction")[0]
-        rebuilt = patchae.unpatchify(model(image)[1], model.p)[0].numpy()
-    error = (rebuilt - patchae.normalise(image)[0].numpy())**2
-    assert found[3, 7].item() == pytest.approx(error[:, 12:16, 28:32].mean(), rel=1e-4)
-
-
-def test_search_holds_a_bounded_number_of_distances(monkeypatch):
-    """No call of cdist is larger than DISTANCES_AT_ONCE, however large the memory."""
-    largest, cdist = [], torch.cdist
-    monkeypatch.setattr(torch, "cdist", lambda a, b: largest.append(len(a) * len(b)) or cdist(a, b))
-    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", 1000)
-    patchae.nearest_distance(torch.rand(30, 8), torch.rand(5000, 8))
-    assert len(largest) > 100 and max(largest) <= 1000
-
-
-def test_batch_norm_statistics_are_those_of_the_images():
-    """calibrate_batch_norm: bn1's mean is the mean of conv1's output over all images."""
-    backbone, images = patchae.Backbone("resnet18", (1,)), torch.rand(8, 3, 64, 64)
-    patchae.calibrate_batch_norm(backbone, images.split(4))
-    with torch.no_grad():
-        out = backbone.conv1(patchae.normalise(images))
-    torch.testing.assert_close(backbone.bn1.running_mean, out.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert not any(module.training for module in backbone.modules())
-
-
-def test_two_layouts_of_memory_give_equal_features():
-    """channels_last is only faster: features agree with plain layout within 1e-4 of their size."""
-    torch.manual_seed(0)
-    backbone, image = patchae.Backbone("resnet18", (2, 3)), torch.rand(2, 3, 64, 64)
-    plain = patchae.Backbone("resnet18", (2, 3))
-    plain.load_state_dict(backbone.state_dict())
-    with torch.no_grad():
-        maps = backbone(image)
-        plain_maps, x = {}, plain.bn1(plain.conv1(patchae.normalise(image))).relu()
-        x = torch.nn.functional.max_pool2d(x, 3, 2, 1)
-        for stage in (1, 2, 3):
-            x = plain_maps[stage] = getattr(plain, f"layer{stage}")(x)
-    for found, stage in zip(maps, (2, 3)):
-        assert (found - plain_maps[stage]).abs().max() < 1e-4 * plain_maps[stage].abs().max()
-
-
-def test_seeded_generators_are_independent_of_order():
-    """The same numbers give the same draw, other numbers another one."""
-    draw = torch.rand(3, generator=patchae.seeded(0, 1, 2))
-    assert torch.equal(draw, torch.rand(3, generator=patchae.seeded(0, 1, 2)))
-    assert not torch.equal(draw, torch.rand(3, generator=patchae.seeded(0, 2, 1)))
-
-
+# ---- the text of patchae.py ---------------------------------------------------------------------
 def test_notation_table_and_code_agree():
-    """Every name in the notation table is a name that the code uses, and E1 to E5 are five functions."""
-    source = open(patchae.__file__, encoding="utf-8").read()
-    table = source[source.index("Notation"):source.index('"""', 3)]
-    names = re.findall(r"^    \S+ +([a-z_]+) +\(", table, flags=re.M)
-    assert len(names) == 9
-    code = source[source.index("class Config"):]
-    parameters = set(re.findall(r"[(,] ?(\w+)(?=[,)=])", " ".join(re.findall(r"def .*", code))))
-    assigned = set(re.findall(r"^ +([\w, ]+) = ", code, flags=re.M))
-    for name in names:
-        assert name in parameters or any(name in line.split(", ") for line in assigned), name
-    labels = [(match.group(1), match.group(2)) for match in
-              re.finditer(r'def (\w+)\([^"]*?"""\((E\d)\)', source)]
-    equations = {label: name for name, label in labels if name != "training_loss"}
-    assert equations == {"E1": "represent", "E2": "rebuild", "E3": "reconstruction_loss",
-                         "E4": "nearest_distance", "E5": "image_score"}
+    """Every name of the notation table is a variable of the scripts, and the five labelled functions speak of
+    nothing but these names and the two networks."""
+    source, *others = [Path(module.__file__).read_text("utf-8") for module in (patchae, train)]
+    others.append(Path(patchae.__file__).with_name("evaluate.py").read_text("utf-8"))
+    table = source[source.index("    symbol  name"):source.index('"""', 3)].splitlines()[1:]
+    names = {line.split()[1] for line in table}
+    nodes = [node for text in (source, *others) for node in ast.walk(ast.parse(text))]
+    variables = {getattr(node, "id", getattr(node, "arg", None)) for node in nodes}
+    assert len(names) == len(table) and names <= variables
+    labels = {}
+    for node in nodes:
+        text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+        if label := re.match(r"\((E\d)\) ", text or ""):
+            labels[label[1]] = node.name
+            assert {a.arg for a in node.args.args} <= names | {"encoder", "decoder"}
+    assert labels == {"E1": "represent", "E2": "rebuild", "E3": "reconstruction_loss",
+                      "E4": "nearest_distance", "E5": "image_score"}
 
 
-def test_code_uses_no_name_before_it_is_defined():
-    """patchae.py reads without a jump forward: in the part that is the method, functions call
-    only functions and classes that stand above them."""
-    source = open(patchae.__file__, encoding="utf-8").read()
-    method = source[:source.index("# ==== nothing from the paper")]
-    defined = {m.group(1): m.start() for m in re.finditer(r"^(?:def|class) (\w+)", method, flags=re.M)}
-    body = re.sub(r'""".*?"""|#[^\n]*', lambda m: " " * len(m.group()), method, flags=re.S)
-    for name, start in defined.items():
-        first = re.search(rf"(?<!\.)\b{name}\(", body)
-        assert first is None or first.start() >= start, name
+def test_the_method_reads_from_top_to_bottom():
+    """In the part that is the method no function or class uses a name that is defined below it."""
+    source = Path(patchae.__file__).read_text("utf-8")
+    end, defined, users = source[:source.index("\n# ====")].count("\n"), {}, []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = node.lineno
+            users += [node] if node.lineno <= end else []
+        elif isinstance(node, ast.Assign):
+            defined.update({name.id: node.lineno for name in ast.walk(node) if isinstance(name, ast.Name)})
+    assert len(users) > 20
+    for user in users:
+        for node in ast.walk(user):
+            assert defined.get(getattr(node, "id", None), 0) <= user.lineno, (user.name, node.id)

@@ -1,28 +1,44 @@
-"""The scripts as a user runs them: train, evaluate, predict, resume; and the README's commands."""
+"""The scripts as a user runs them: train, evaluate, predict, their tables and pictures; the READMEs."""
 import csv
-import json
+import math
+import random
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, draw_dataset, fails
-from PIL import Image
+from conftest import ROOT, TINY
+from PIL import Image, ImageOps
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
 import evaluate
 import patchae
 import train
+from data import make_toy
+
+OPTIONS = "--data data --out runs --category part --device cpu".split()
+CHECKPOINT = Path("runs/part/checkpoint.pt")
+GOOD, TEST = Path("data/part/train/good"), Path("data/part/test")
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of ImageNet
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    """The current folder is a copy of the trained workspace that a test may change."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "copy"))
+    monkeypatch.setattr(train, "HELD_OUT", train.PREVIEWS)  # to save time
 
 
 def run(main, *argv):
-    """main with these arguments must succeed."""
-    assert main([str(a) for a in argv]) == 0
+    """main must succeed with OPTIONS and these; train.py gets TINY, too."""
+    assert main([*OPTIONS, *(TINY if main is train.main else []), *(str(a) for a in argv)]) == 0
 
 
 def rows(path):
@@ -31,341 +47,329 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def tensors(path):
-    """The tensors of a checkpoint."""
-    return torch.load(path, weights_only=True)["tensors"]
+def checkpoint():
+    """What the checkpoint holds."""
+    return torch.load(CHECKPOINT, weights_only=True)
 
 
-def same(one, two):
-    """Both hold equal tensors under equal names."""
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+def pixels(path, size=None):
+    """An image file by Pillow alone, (H, W, 3) in 0 to 255."""
+    image = Image.open(path).convert("RGB")
+    return np.array(image.resize(size, Image.BILINEAR) if size else image, dtype=float)
 
 
-@pytest.fixture
-def workspace(trained, tmp_path):
-    """A copy of the trained folder that a test may change; options for evaluate.py."""
-    shutil.copytree(trained, tmp_path / "w")
-    return tmp_path / "w"
+# ---- the oracle: vectors by the model, all else by numpy, scikit-learn and Pillow ----------------
+def vectors(paths, kind="feature"):
+    """(N, 256, C): of each image file the vectors of its patches; their pixels for reconstruction."""
+    model, _, _ = patchae.load_checkpoint(CHECKPOINT)
+    image = np.stack([pixels(path, (64, 64)) for path in paths]).transpose(0, 3, 1, 2) / 255
+    image = torch.tensor(image, dtype=torch.float32)
+    with torch.no_grad():
+        found = model.features(image) if kind == "backbone" else model(image)[kind == "reconstruction"]
+    return found.flatten(2).transpose(1, 2).numpy()
 
 
-def options(workspace, *names):
-    """--data, --category, --out and --device of a workspace."""
-    return ["--data", workspace / "data", "--category", *(names or ["part"]),
-            "--out", workspace / "runs", "--device", "cpu"]
+def distances(queries, memory):
+    """(N, 16, 16): of each vector the distance to the nearest in the memory."""
+    search = NearestNeighbors(n_neighbors=1).fit(np.concatenate(memory))
+    return search.kneighbors(np.concatenate(queries))[0].reshape(-1, 16, 16)
 
 
-def test_training_writes_what_it_promises_without_a_test_folder(tmp_path, capsys):
-    """train.py works on a tree that has no test/ at all, and prints a line per epoch."""
-    draw_dataset(tmp_path / "data")
-    shutil.rmtree(tmp_path / "data" / "part" / "test")
-    shutil.rmtree(tmp_path / "data" / "part" / "ground_truth")
-    run(train.main, *TINY, "--epochs", 2, *options(tmp_path))
-    out = capsys.readouterr().out
-    assert len(re.findall(r"part: epoch \d/2  loss \d\.\d+  [\d.]+ images/s  \d+ s left", out)) == 2
-    assert "device: cpu" in out and "weights: random" in out
-    folder = tmp_path / "runs" / "part"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "defects.png", "train.csv"]
-    assert [row["epoch"] for row in rows(folder / "train.csv")] == ["1", "2"]
-    assert Image.open(folder / "defects.png").size[0] == 4 * (patchae.CELL + patchae.GAP)
+def anomaly_maps(paths, kind="feature"):
+    """(N, 16, 16) of image files."""
+    if kind != "reconstruction":
+        found = vectors([*paths, *sorted(GOOD.iterdir())], kind)
+        return distances(found[:len(paths)], found[len(paths):])
+    image = (np.stack([pixels(path, (64, 64)) for path in paths]) / 255 - MEAN) / STD
+    patches = image.reshape(-1, 16, 4, 16, 4, 3).transpose(0, 1, 3, 5, 2, 4).reshape(-1, 256, 48)
+    return ((vectors(paths, kind) - patches)**2).mean(axis=2).reshape(-1, 16, 16)
 
 
-def test_checkpoint_is_plain_and_small(trained):
-    """No backbone weights (only random weights' statistics); plain values; weights_only loads it."""
-    path = trained / "runs" / "part" / "checkpoint.pt"
-    content = torch.load(path, weights_only=True)
-    assert content["format"] == patchae.CHECKPOINT_FORMAT and len(content["fingerprint"]) == 64
-    assert all(name.startswith(("encoder", "decoder")) or "running_" in name
-               for name in content["tensors"])
-    assert content["config"]["backbone"] == "resnet18" and "optimizer" not in content
+def enlarged(anomaly_map, size):
+    """A map at the size (width, height), bilinear."""
+    return np.array(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.BILINEAR))
 
 
-def test_fine_tuned_backbone_is_in_the_checkpoint_and_used(tmp_path):
-    """--finetune-backbone changes the backbone's weights; evaluate.py restores the changed ones."""
-    draw_dataset(tmp_path / "data")
-    run(train.main, *TINY, "--finetune-backbone", "--backbone-lr", 0.01, *options(tmp_path))
-    path = tmp_path / "runs" / "part" / "checkpoint.pt"
-    content = patchae.load_checkpoint(path)
-    weight = content["tensors"]["backbone.conv1.weight"]
-    assert torch.equal(patchae.restore(content, path).backbone.conv1.weight, weight)
-    assert not torch.equal(patchae.build_model(content["config"])[0].backbone.conv1.weight, weight)
+def check_heatmap(heatmap, path, anomaly_map, threshold):
+    """It is the image with its own map: opaque to 0.6 from 0.9 to 1.1 thresholds, coloured 0.5 to 1.5."""
+    image = pixels(path)
+    level = enlarged(anomaly_map, image.shape[1::-1]) / threshold
+    stops = np.linspace(0.5, 1.5, len(evaluate.COLOURS))
+    colour = np.stack([np.interp(level, stops, channel) for channel in evaluate.COLOURS.T], axis=2)
+    opacity = np.interp(level, (0.9, 1.1), (0, 0.6))[..., None]
+    assert abs(pixels(heatmap) - image * (1 - opacity) - colour * opacity).mean() < 1
 
 
-def test_evaluation_writes_scores_pictures_and_results(workspace, capsys):
-    """scores.csv gives, by scikit-learn, the AUROC in results.csv; a picture for each image."""
-    run(evaluate.main, *options(workspace))
-    folder = workspace / "runs" / "part"
-    scores = rows(folder / "scores.csv")
-    assert [(row["path"], row["label"]) for row in scores] == [
-        ("part/test/good/000.png", "good"), ("part/test/good/001.png", "good"),
-        ("part/test/hole/000.png", "hole"), ("part/test/hole/001.png", "hole")]
-    expected = roc_auc_score([row["label"] != "good" for row in scores],
-                             [float(row["score"]) for row in scores])
-    results = rows(workspace / "runs" / "results.csv")
-    assert list(results[0]) == ["category", "score", "image_auroc", "pixel_auroc",
-                                "seconds_per_image", "seed", "backbone", "weights"]
-    assert [row["category"] for row in results] == ["part", "mean"]
-    assert float(results[0]["image_auroc"]) == expected and 0.5 < float(results[0]["pixel_auroc"]) <= 1
-    pictures = sorted(p.relative_to(folder / "heatmaps").as_posix() for p in folder.glob("heatmaps/*/*"))
-    assert pictures == ["good/000.png", "good/001.png", "hole/000.png", "hole/001.png"]
-    for name in ("overview.png", "histogram.png"):
-        Image.open(folder / name).verify()
-    out = capsys.readouterr().out
-    assert "of 2 good and" in out and "of 2 defective images" in out
+def check_column(sheet, column, path, mask=None):
+    """A column of overview.png begins with this image, then this mask."""
+    for row, file in enumerate((path, mask)[:1 + bool(mask)]):
+        shown = np.array(ImageOps.contain(Image.open(file).convert("RGB"), (160, 160)), dtype=float)
+        cell = pixels(sheet)[24 + 164 * row:, 164 * column:][:shown.shape[0], :shown.shape[1]]
+        assert abs(cell - shown).mean() < 2
 
 
-def test_pixel_auroc_by_another_route(workspace):
-    """From the maps themselves: bilinear to the image size, masks > 0, scikit-learn over all pixels."""
-    args = evaluate.parse([str(a) for a in options(workspace)])
-    with torch.inference_mode():
-        model, memory, _ = evaluate.prepare("part", args, torch.device("cpu"))
-        samples = evaluate.list_test(workspace / "data" / "part")
-        maps = evaluate.score_images([p for p, _, _ in samples], model, memory, args, "")
-    masks = [np.asarray(Image.open(m)) > 0 if m else np.zeros((64, 64), bool) for _, _, m in samples]
-    up = torch.nn.functional.interpolate(maps[:, None], (64, 64), mode="bilinear").numpy()
-    expected = roc_auc_score(np.stack(masks).ravel(), up.ravel())
-    assert evaluate.pixel_auroc(samples, maps, 64) == pytest.approx(expected)
+# ---- train.py -----------------------------------------------------------------------------------
+def test_training_sees_the_images_of_train_good_and_nothing_else(workspace, monkeypatch):
+    """The files opened, and the images in the checkpoint: none of test/ or ground_truth/."""
+    shutil.copy(TEST / "hole/000.png", TEST / "good/009.png")
+    opened, normal, open_image = set(), sorted(GOOD.iterdir()), Image.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path, *more: (opened.add(path), open_image(path, *more))[1])
+        run(train.main)
+    assert opened == set(normal) and len(normal) == 6
+    content = checkpoint()
+    assert set(content) == {"config", "model", "images", "normal_scores"}
+    assert content["images"].dtype == torch.uint8 and len(content["normal_scores"]) == 6
+    assert np.array_equal(content["images"].permute(0, 2, 3, 1), [pixels(path) for path in normal])
 
 
-def test_results_keep_other_rows_and_replace_their_own(workspace):
-    """A row per category and score kind; evaluated again it is replaced, and means come last."""
-    for kind in ("feature", "backbone", "reconstruction", "feature"):
-        run(evaluate.main, *options(workspace), "--score", kind, "--no-threshold")
-    found = [(row["category"], row["score"]) for row in rows(workspace / "runs" / "results.csv")]
-    assert sorted(found[:3]) == [("part", "backbone"), ("part", "feature"), ("part", "reconstruction")]
-    assert sorted(found[3:]) == [("mean", "backbone"), ("mean", "feature"), ("mean", "reconstruction")]
+def test_train_csv_and_defects_png(workspace, monkeypatch):
+    """Loss: the mean since the last row. Columns of the picture: normal, defected, mask, rebuilt;
+    what `rebuilt` says, 0 if all of the defects is rebuilt, follows from its pixels."""
+    losses, loss = [], patchae.training_loss
+    monkeypatch.setattr(patchae, "training_loss", lambda *args: (losses.append(loss(*args)), losses[-1])[1])
+    run(train.main, "--steps", 12)
+    log = rows("runs/part/train.csv")
+    assert list(log[0]) == ["step", "loss", "rebuilt", "steps_per_second"]
+    assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12]
+    means = torch.stack(losses).detach().reshape(6, 2).mean(dim=1)
+    assert [float(row["loss"]) for row in log] == pytest.approx(means.tolist(), rel=1e-5)
+    assert all(0.1 < float(row["steps_per_second"]) < 1e5 for row in log)
+    cells = pixels("runs/part/defects.png")[2:, 2:].reshape(6, 66, 4, 66, 3)[:, :64, :, :64]
+    normal, defected, mask, rebuilt = cells.transpose(2, 0, 1, 3, 4)
+    assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.iterdir())])
+    assert set(np.unique(mask)) == {0, 255} and (normal == defected)[mask == 0].all()
+    assert (normal != defected)[mask == 255].mean() > 0.5
+    model, _, _ = patchae.load_checkpoint(CHECKPOINT)
+    again = train.rebuild_images(model, torch.tensor(defected.transpose(0, 3, 1, 2)).float() / 255)
+    assert abs(again.permute(0, 2, 3, 1).numpy() * 255 - rebuilt).mean() < 3
+    missing = ((rebuilt - defected)**2)[mask == 255].sum() / ((normal - defected)**2)[mask == 255].sum()
+    assert float(log[-1]["rebuilt"]) == pytest.approx(missing, rel=0.03)
 
 
-def test_mean_row_is_the_mean_of_the_categories(tmp_path):
-    """update_results by hand: (0.5 + 1) / 2 = 0.75; an undefined pixel AUROC is no part of a mean."""
-    path = tmp_path / "results.csv"
-    evaluate.update_results(path, [["a", "feature", 0.5, 0.9, 1.0, 0, "resnet18", "random"]])
-    evaluate.update_results(path, [["b", "feature", 1.0, float("nan"), 2.0, 1, "resnet18", "random"]])
-    mean = rows(path)[-1]
-    assert (mean["image_auroc"], mean["pixel_auroc"], mean["seconds_per_image"]) == ("0.75", "0.9", "1.5")
-    assert (mean["seed"], mean["backbone"]) == ("several", "resnet18")
+def test_the_seed_decides(workspace, monkeypatch):
+    """Training anew with the same seed gives equal tensors and scores; another seed others."""
+    run(evaluate.main)
+    before, scores = checkpoint(), Path("runs/part/feature/scores.csv").read_bytes()
+    monkeypatch.setattr(train, "HELD_OUT", 24)  # as the workspace was trained
+    run(train.main)
+    after = checkpoint()
+    assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
+    assert torch.equal(after["normal_scores"], before["normal_scores"])
+    run(evaluate.main)
+    assert Path("runs/part/feature/scores.csv").read_bytes() == scores
+    run(train.main, "--seed", 1, "--steps", 1)
+    for name in ("backbone.conv1.weight", "decoder.0.weight"):
+        assert not torch.equal(checkpoint()["model"][name], before["model"][name])
+
+
+def test_skip_finished_skips_an_equal_configuration_only(workspace, monkeypatch):
+    """With another option, or without the checkpoint, training runs."""
+    monkeypatch.setattr(train, "fit", Mock(return_value=[]))
+    for argv, calls in (([], 0), (["--lr", "0.5"], 1), (["--lr", "0.5"], 1), ([], 2)):
+        run(train.main, "--skip-finished", *argv)
+        assert train.fit.call_count == calls
+    CHECKPOINT.unlink()
+    run(train.main, "--skip-finished")
+    assert train.fit.call_count == 3
+
+
+@pytest.mark.parametrize("argv, untouched", [([], False), (["--no-defects"], True)])
+def test_no_defects_trains_on_the_images_as_they_are(workspace, monkeypatch, argv, untouched):
+    """By default every image of training has a defect, with --no-defects none."""
+    seen, loss = [], patchae.training_loss
+    monkeypatch.setattr(patchae, "training_loss", lambda *args: (seen.extend(args[2]), loss(*args))[1])
+    run(train.main, "--steps", 3, *argv)
+    normal = checkpoint()["images"] / 255
+    assert seen and all((image == normal).flatten(1).all(dim=1).any() == untouched for image in seen)
+
+
+def test_only_fine_tuning_changes_the_backbone(workspace):
+    """Frozen, its weights are those that the seed draws; fine-tuned, all its convolutions move."""
+    drawn = patchae.build_model(train.parse(TINY)[1]).backbone.named_parameters()
+    drawn = {f"backbone.{name}": value for name, value in drawn if value.dim() == 4}
+    assert all(torch.equal(checkpoint()["model"][name], value) for name, value in drawn.items())
+    run(train.main, "--finetune-backbone", "--backbone-lr", 0.01, "--steps", 1)
+    assert not any(torch.equal(checkpoint()["model"][name], value) for name, value in drawn.items())
+
+
+# ---- evaluate.py --------------------------------------------------------------------------------
+def test_scores_metrics_and_pictures_by_another_route(workspace, capsys):
+    """For each kind of score: its folder, scores.csv, both AUROCs in results.csv, every heatmap."""
+    shutil.copy(TEST / "hole/000.png", TEST / "good/002.png")  # so that no AUROC is 1
+    paths, large = sorted(TEST.rglob("*.png")), (64, 64)
+    labels = [path.parent.name == "hole" for path in paths]
+    masks = {path: f"data/part/ground_truth/hole/{path.stem}_mask.png" for path in paths}
+    truth = [pixels(masks[p])[..., 0] > 0 if bad else np.zeros(large, bool) for p, bad in zip(paths, labels)]
+    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
+    for number, kind in enumerate(("feature", "backbone", "reconstruction", "feature")):
+        capsys.readouterr()
+        run(evaluate.main, "--score", kind)
+        maps = anomaly_maps(paths, kind)
+        found = rows(f"runs/part/{kind}/scores.csv")
+        assert [(row["path"], row["label"]) for row in found] == [
+            (path.relative_to("data").as_posix(), path.parent.name) for path in paths]
+        scores = [float(row["score"]) for row in found]
+        assert scores == pytest.approx(maps.max(axis=(1, 2)), rel=1e-3)
+        results = rows("runs/results.csv")
+        row, = [row for row in results if (row["category"], row["score"]) == ("part", kind)]
+        assert len(results) == 2 * min(number + 1, 3)  # replaced, not repeated; a mean for each kind
+        assert float(row["image_auroc"]) == roc_auc_score(labels, scores) < 1
+        expected = roc_auc_score(np.ravel(truth), np.ravel([enlarged(m, large) for m in maps]))
+        assert float(row["pixel_auroc"]) == pytest.approx(expected, abs=1e-3)
+        for path, anomaly_map in zip(paths, maps):
+            heatmap = f"runs/part/{kind}/heatmaps" / path.relative_to(TEST)
+            check_heatmap(heatmap, path, anomaly_map, threshold if kind == "feature" else maps.max() / 1.5)
+        text = "above the threshold 1 of 3 good and 2 of 2 defective images"
+        assert (text in capsys.readouterr().out) == (kind == "feature")
+    for column, path in ((2, paths[-2]), (3, paths[-1])):  # after two good ones
+        check_column("runs/part/feature/overview.png", column, path, masks[path])
 
 
 def test_threshold_is_the_quantile_of_leave_one_out_scores(workspace, capsys):
-    """Exactly: each normal image scored by a memory that was built from the other images only."""
-    run(evaluate.main, *options(workspace), "--quantile", 0.5)
-    threshold = float(re.search(r"threshold: ([\d.]+),", capsys.readouterr().out).group(1))
-    model = patchae.restore(patchae.load_checkpoint(workspace / "runs/part/checkpoint.pt"), "")
-    paths = patchae.list_images(workspace / "data/part/train/good")
-    args = evaluate.parse([str(a) for a in options(workspace)])
-    expected = []
-    with torch.inference_mode():
-        for path in paths:
-            others = [other for other in paths if other != path]
-            batches = evaluate.batches_of(others, model, "")
-            memory = patchae.build_memory(model, batches, len(others), "feature", 1.0)
-            maps = evaluate.score_images([path], model, memory, args, "")
-            expected.append(maps.max().item())
-    kept = json.loads((workspace / "runs/part/threshold_feature.json").read_text())
-    np.testing.assert_allclose(kept["normal_scores"], expected, rtol=1e-4)
-    assert threshold == pytest.approx(np.median(expected), rel=1e-3)
-    assert kept["threshold"] == pytest.approx(threshold, abs=1e-4) and kept["quantile"] == 0.5
+    """By brute force; after training on other images, as many as before, the new one is used.
+    --threshold-images 3 takes images 0, 2 and 4 of 6; with 0 nothing is decided."""
+    found = []
+    for options in (None, [], ["--threshold-images", 3]):
+        if options is not None:
+            for path in GOOD.iterdir():
+                Image.fromarray((pixels(path) * np.random.rand(64, 64, 1)).astype(np.uint8)).save(path)
+            run(train.main, "--steps", 0, *options)
+        run(evaluate.main, "--quantile", 0.7)
+        known = vectors(sorted(GOOD.iterdir()))
+        expected = [distances(known[[i]], np.delete(known, i, axis=0)).max() for i in range(6)]
+        expected = expected[::2 if options else 1]
+        assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
+        found += re.findall(r"threshold ([\d.]+), the 0.7 quantile", capsys.readouterr().out)
+        assert float(found[-1]) == pytest.approx(np.quantile(expected, 0.7), rel=1e-3)
+    assert float(found[1]) > 2 * float(found[0]) and len(found) == 3
+    run(train.main, "--steps", 0, "--threshold-images", 0)
+    run(evaluate.main, "--predict", TEST)
+    assert {row["is_anomalous"] for row in rows("runs/part/predictions/predictions.csv")} == {""}
 
 
-def test_threshold_is_kept_until_the_memory_changes(workspace, monkeypatch):
-    """A second run reads the normal scores; with other normal images they are computed anew."""
-    run(evaluate.main, *options(workspace))
-    cache = workspace / "runs/part/threshold_feature.json"
-    before, left_out = cache.read_text(), []
-    score_maps = patchae.score_maps
-    monkeypatch.setattr(patchae, "score_maps", lambda *args, own=None: (
-        left_out.append(own), score_maps(*args, own=own))[1])
-    run(evaluate.main, *options(workspace))
-    assert set(left_out) == {None} and cache.read_text() == before
-    (workspace / "data/part/train/good/000.png").unlink()
-    run(evaluate.main, *options(workspace))
-    assert set(left_out) == {None, 0, 1, 2, 3, 4} and cache.read_text() != before
-    cache.write_text("{not json")
-    run(evaluate.main, *options(workspace))
-    assert len(json.loads(cache.read_text())["normal_scores"]) == 5
+def scores_with(**options):
+    """The scores of the test set after a change of the checkpoint's configuration."""
+    content = checkpoint()
+    content["config"].update(options)
+    torch.save(content, CHECKPOINT)
+    run(evaluate.main)
+    return np.array([float(row["score"]) for row in rows("runs/part/feature/scores.csv")])
 
 
-def test_test_labels_do_not_move_the_threshold(workspace, capsys):
-    """Defective images renamed good: another AUROC, the same threshold."""
-    run(evaluate.main, *options(workspace))
-    before = re.search(r"threshold: .*", capsys.readouterr().out).group()
-    (workspace / "runs/part/threshold_feature.json").unlink()
-    shutil.copy(workspace / "data/part/test/hole/000.png", workspace / "data/part/test/good/009.png")
-    run(evaluate.main, *options(workspace))
-    out = capsys.readouterr().out
-    assert before in out and "of 3 good and" in out
+def test_batches_do_not_change_scores_and_a_part_of_the_memory_does(workspace):
+    """--batch-size by less than 1e-4; --memory-fraction only upwards, always by the same draw."""
+    whole, model = scores_with(batch_size=4), patchae.load_checkpoint(CHECKPOINT)[0]
+    assert scores_with(batch_size=1) == pytest.approx(whole, rel=1e-4)
+    part = scores_with(memory_fraction=0.1)
+    assert (part >= whole * 0.9999).all() and (part > whole * 1.001).any()
+    assert (scores_with() == part).all()
+    images = checkpoint()["images"] / 255
+    memory = patchae.build_memory(model, [images[3:]])
+    alone = torch.cat([patchae.score_maps(model, image[None], memory) for image in images[:3]])
+    assert patchae.score_maps(model, images[:3], memory).numpy() == pytest.approx(alone.numpy(), rel=1e-3)
 
 
-def test_predict_a_folder_ranks_decides_and_draws(workspace, tmp_path, capsys):
-    """Labels unknown: most anomalous first, the threshold decides, a heatmap for each image."""
-    photos = tmp_path / "photos"
-    shutil.copytree(workspace / "data/part/test/good", photos / "shift one")
-    shutil.copy(workspace / "data/part/test/hole/000.png", photos / "broken.png")
-    Image.open(photos / "broken.png").resize((150, 90)).save(photos / "broken.jpg")
-    run(evaluate.main, *options(workspace), "--predict", photos, "--quantile", 1)
-    folder = workspace / "runs" / "part"
-    found = rows(folder / "predictions.csv")
-    scores = [float(row["score"]) for row in found]
-    threshold = float(re.search(r"threshold: ([\d.]+),", capsys.readouterr().out).group(1))
-    assert scores == sorted(scores, reverse=True) and len(found) == 4
-    assert [row["is_anomalous"] for row in found] == [str(s > threshold) for s in scores]
-    names = {p.relative_to(folder / "predictions").as_posix() for p in folder.glob("predictions/**/*.png")}
-    assert names == {"broken.png", "broken.jpg.png", "shift one/000.png", "shift one/001.png"}
-    assert Image.open(folder / "predictions" / "broken.jpg.png").size == (150, 90)
-    Image.open(folder / "predictions.png").verify()
+def test_results_csv_by_hand(tmp_path):
+    """A row for each category and kind, replaced by a newer one; a mean over each kind, without nan;
+    a category that is called mean stays a category."""
+    path, more = tmp_path / "results.csv", [0, "resnet18", "random"]
+    for row in (["a", "feature", 0.1, 0.1, 9.0], ["a", "backbone", 0.2, 0.3, 1.0],
+                ["mean", "feature", 1.0, math.nan, 2.0], ["a", "feature", 0.5, 0.9, 1.0]):
+        evaluate.update_results(path, [[*row, *more]])
+    assert sorted(",".join(row.values()) for row in rows(path)) == [
+        "a,backbone,0.2,0.3,1.0,0,resnet18,random", "a,feature,0.5,0.9,1.0,0,resnet18,random",
+        "mean,backbone,0.2,0.3,1.0,,,", "mean,feature,0.75,0.9,1.5,,,",
+        "mean,feature,1.0,nan,2.0,0,resnet18,random"]
 
 
-def test_predict_agrees_with_evaluation(workspace):
-    """One image by --predict has the score that the test set gave it."""
-    run(evaluate.main, *options(workspace))
-    expected = float(rows(workspace / "runs/part/scores.csv")[2]["score"])
-    run(evaluate.main, *options(workspace), "--predict", workspace / "data/part/test/hole/000.png")
-    found = rows(workspace / "runs/part/predictions.csv")
-    assert len(found) == 1 and float(found[0]["score"]) == pytest.approx(expected, rel=1e-5)
+def test_predictions(workspace):
+    """Most anomalous first, decided by the threshold; each image has its own heatmap and column.
+    A single file is judged as it is among others."""
+    Path("photos/sub").mkdir(parents=True)
+    names = {"hole.png": "hole/000.png", "other.png": "hole/001.png", "sub/good.png": "good/001.png"}
+    for name, source in names.items():
+        shutil.copy(TEST / source, f"photos/{name}")
+    Image.open(TEST / "good/000.png").resize((150, 90)).save("photos/broad.JPG")
+    run(evaluate.main, "--predict", "photos")
+    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
+    paths = [Path("photos", name) for name in (*names, "broad.JPG")]
+    maps = anomaly_maps(paths)
+    ranked = sorted(zip(maps.max(axis=(1, 2)), paths, maps), key=lambda row: -row[0])
+    table, folder = rows("runs/part/predictions/predictions.csv"), Path("runs/part/predictions")
+    assert [row["path"] for row in table] == [str(path) for _, path, _ in ranked]
+    assert [float(row["score"]) for row in table] == pytest.approx([row[0] for row in ranked], rel=1e-3)
+    assert [row["is_anomalous"] for row in table] == [str(score > threshold) for score, _, _ in ranked]
+    assert {row["is_anomalous"] for row in table} == {"True", "False"}
+    for column, (_, path, anomaly_map) in enumerate(ranked):
+        name = path.relative_to("photos").as_posix().replace(".JPG", ".JPG.png")
+        check_heatmap(folder / "heatmaps" / name, path, anomaly_map, threshold)
+        check_column(folder / "overview.png", column, path)
+    run(evaluate.main, "--predict", "photos/other.png")
+    row, = rows(folder / "predictions.csv")
+    assert row in table and row["path"] == str(Path("photos/other.png"))
+    assert [path.name for path in (folder / "heatmaps").iterdir()] == ["other.png"]
 
 
 def test_what_is_normal_does_not_glow_and_the_threshold_is_half_way():
-    """One colour scale: below 0.9 thresholds no opacity, above 1.1 the most, at 1 the middle colour."""
-    levels = torch.tensor([[0.1, 0.5, 0.89, 1.0, 1.2, 1.5, 9.0]]) * 3.0
-    colour, opacity = evaluate.heat(levels, (1, 7), scale=3.0)
-    assert opacity[0, :3, 0].tolist() == [0, 0, 0] and opacity[0, 4:, 0].tolist() == [0.6] * 3
-    assert colour[0, 3] == pytest.approx(evaluate.COLOURS[2]) and opacity[0, 3, 0] == pytest.approx(0.3)
-    assert colour[0, 0].tolist() == colour[0, 1].tolist() == evaluate.COLOURS[0].tolist()
-    assert colour[0, 5].tolist() == colour[0, 6].tolist() == evaluate.COLOURS[-1].tolist()
+    """Below 0.9 thresholds no opacity, above 1.1 the most; at 1 the middle colour, for any threshold."""
+    for threshold in (1.0, 3.0):
+        levels = torch.tensor([[0.1, 0.5, 0.89, 1.0, 1.2, 1.5, 9.0]]) * threshold
+        colour, opacity = evaluate.heat(levels, (1, 7), threshold)
+        assert opacity[0, :, 0] == pytest.approx([0, 0, 0, 0.3, 0.6, 0.6, 0.6], abs=1e-5)
+        assert colour[0, [0, 1, 3, 5, 6]] == pytest.approx(evaluate.COLOURS[[0, 0, 2, 4, 4]], abs=1e-2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_same_seed_same_scores_whatever_the_workers(trained, tmp_path, workers):
-    """Training again, with and without worker processes, gives the same tensors and scores."""
-    argv = ["--data", trained / "data", "--category", "part", "--out", tmp_path]
-    run(train.main, *TINY, *argv, "--workers", workers)
-    assert same(tensors(tmp_path / "part/checkpoint.pt"), tensors(trained / "runs/part/checkpoint.pt"))
-    run(evaluate.main, *argv, "--device", "cpu")
-    again = [row["score"] for row in rows(tmp_path / "part/scores.csv")]
-    run(evaluate.main, *argv, "--device", "cpu")
-    assert again == [row["score"] for row in rows(tmp_path / "part/scores.csv")]
+def test_histogram_of_a_case_by_hand(tmp_path):
+    """4 good images score 1, 2 defective ones 3: blue at the left, twice as much as red at the right,
+    the line of threshold 2 between them."""
+    labels = np.array([False, True, False, False, True, False])
+    evaluate.write_histogram(tmp_path / "h.png", [1, 3, 1, 1, 3, 1], labels, 2)
+    picture = pixels(tmp_path / "h.png")[evaluate.MARGIN:-evaluate.MARGIN - 1]  # without text and floor
+    blue, red, black = (np.argwhere((picture == colour).all(axis=2)) for colour in (
+        (70, 130, 180), (178, 34, 34), (0, 0, 0)))
+    assert len(blue) == pytest.approx(2 * len(red), rel=0.05) and len(red) > 1000
+    x = [np.mean(places[:, 1]) for places in (blue, black, red)]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=16) and x[1] - x[0] > 150  # a bar is 15 wide
+    assert np.ptp(blue[:, 1]) < 16 and np.ptp(black[:, 1]) < 3 and len(black) >= len(picture)
 
 
-def test_another_seed_gives_other_weights(trained, tmp_path):
-    """--seed matters: so the equality above is not for want of randomness."""
-    run(train.main, *TINY, "--data", trained / "data", "--category", "part", "--out", tmp_path,
-        "--seed", 1)
-    assert not same(tensors(tmp_path / "part/checkpoint.pt"), tensors(trained / "runs/part/checkpoint.pt"))
+# ---- both scripts, and what is written about them -----------------------------------------------
+def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch):
+    """train.py --demo and evaluate.py --demo; fewer and smaller images to save time."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(train, "HELD_OUT", 1)
+    for name in ("TRAIN", "GOOD", "PER_DEFECT"):
+        monkeypatch.setattr(make_toy, name, 1)
+    argv = ["--demo", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "runs"), "--device", "cpu"]
+    assert train.main([*argv, "--steps", "1", "--image-size", "64"]) == evaluate.main(argv) == 0
+    assert [row["category"] for row in rows(tmp_path / "runs/results.csv")] == ["felt", "flange", "mean"]
 
 
-def test_no_defects_trains_on_the_images_as_they_are(trained):
-    """--no-defects: the data set returns the normal image and an empty mask."""
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    for defects in (True, False):
-        dataset = train.DefectedImages(images, patchae.Config(defects=defects))
-        image, mask = dataset[0, 1]
-        assert torch.equal(image, images[1] / 255) != defects and mask.any() == defects
+@pytest.mark.parametrize("name", ["patchae.py", "train.py", "evaluate.py", "data/images.py"])
+def test_importing_has_no_effect(tmp_path, monkeypatch, capsys, name):
+    """Nothing printed or written, the random numbers and the number of threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    state = random.getstate(), torch.get_num_threads(), torch.initial_seed()
+    runpy.run_path(str(ROOT / name), run_name="imported")
+    assert state == (random.getstate(), torch.get_num_threads(), torch.initial_seed())
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
-def interrupt_after(monkeypatch, epochs):
-    """Make train.py stop as by Ctrl-C at the start of epoch number `epochs`."""
-    whole = train.train_epoch
-    monkeypatch.setattr(train, "train_epoch", lambda model, optimizer, batches, epoch, steps: (
-        (_ for _ in ()).throw(KeyboardInterrupt) if epoch == epochs
-        else whole(model, optimizer, batches, epoch, steps)))
+def quoted_commands():
+    """Every `python ...` in a code block of the READMEs and of docs/, as the words after python."""
+    for path in (ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for part in re.split(r"&&|;|\n", block.replace("\\\n", " ")):
+                if command := re.match(r"\s*(?:\w+=\S* )*(?:\S*/)?python3? (.*)", part):
+                    yield shlex.split(command[1], comments=True)
 
 
-def test_resume_gives_the_weights_of_an_uninterrupted_run(trained, tmp_path, monkeypatch, capsys):
-    """Stopped after 2 of 4 epochs and resumed: the same tensors, the same log but for the speed."""
-    argv = [*TINY, "--epochs", 4, "--data", trained / "data", "--category", "part"]
-    run(train.main, *argv, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        assert train.main([str(a) for a in [*argv, "--out", tmp_path / "cut"]]) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not (tmp_path / "cut/part/checkpoint.pt").exists()
-    fails(capsys, train.main, [*argv, "--out", tmp_path / "cut", "--resume", "--lr", 0.5], "--resume")
-    run(train.main, *argv, "--out", tmp_path / "cut", "--resume")
-    assert same(tensors(tmp_path / "cut/part/checkpoint.pt"), tensors(tmp_path / "whole/part/checkpoint.pt"))
-    losses = [[row["loss"] for row in rows(tmp_path / out / "part/train.csv")] for out in ("cut", "whole")]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
-    assert not (tmp_path / "cut/part/unfinished.pt").exists()
-    run(train.main, *argv, "--out", tmp_path / "cut", "--resume")
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-def test_an_interrupted_training_keeps_the_previous_checkpoint(workspace, monkeypatch):
-    """Ctrl-C while training anew: checkpoint.pt is byte for byte the one before."""
-    path = workspace / "runs/part/checkpoint.pt"
-    before = path.read_bytes()
-    interrupt_after(monkeypatch, 1)
-    assert train.main([str(a) for a in [*TINY, "--epochs", 3, *options(workspace)]]) == 130
-    assert path.read_bytes() == before
-
-
-def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):
-    """write_whole: if the process dies half-way, the file under its name is still the previous one."""
-    path = tmp_path / "file.txt"
-    path.write_text("previous")
-    code = ("import os, sys, pathlib, patchae\n"
-            "def write(t):\n    f = open(t, 'w'); f.write('half'); f.flush(); os._exit(9)\n"
-            "patchae.write_whole(pathlib.Path(sys.argv[1]), write)")
-    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == 9
-    assert path.read_text() == "previous"
-
-
-def test_scores_are_the_same_for_every_batch_size_and_block(workspace, monkeypatch):
-    """Scoring in other batches and blocks changes the scores by less than 1e-4 of their size."""
-    run(evaluate.main, *options(workspace))
-    before = [float(row["score"]) for row in rows(workspace / "runs/part/scores.csv")]
-    monkeypatch.setitem(patchae.DISTANCES_AT_ONCE, "cpu", 256 * 100)
-    content = patchae.load_checkpoint(workspace / "runs/part/checkpoint.pt")
-    content["config"].batch_size = 1
-    content["config"] = patchae.asdict(content["config"])
-    torch.save(content, workspace / "runs/part/checkpoint.pt")
-    run(evaluate.main, *options(workspace))
-    after = [float(row["score"]) for row in rows(workspace / "runs/part/scores.csv")]
-    np.testing.assert_allclose(after, before, rtol=1e-4)
-
-
-def test_memory_options(workspace, capsys):
-    """--memory-fraction and --memory-images make the memory smaller by what they say."""
-    run(evaluate.main, *options(workspace), "--memory-fraction", 0.25)
-    run(evaluate.main, *options(workspace), "--memory-images", 1)
-    out = capsys.readouterr().out
-    assert "6 images × 64 vectors × 192 channels" in out and "1 images × 256 vectors" in out
-    assert "threshold: undefined (one normal image)" in out
-
-
-def test_progress_speaks_only_to_a_terminal(capsys, monkeypatch):
-    """Quiet in a pipe; on a terminal one line with percentage and time left."""
-    assert list(patchae.progress([1, 2], "work", 2)) == [1, 2] and capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    list(patchae.progress([1, 2], "work", 2))
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "work: 50 %, " in err and "work: 100 %, 0 s left" in err
-
-
-def test_importing_has_no_effect(tmp_path):
-    """No output, no file, no thread setting changed."""
-    code = "import torch; n = torch.get_num_threads(); import patchae, train, evaluate; " \
-           "assert torch.get_num_threads() == n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
-
-
-def readme_commands():
-    """Every python command in a code block of README.md and data/README.md."""
-    for path in (ROOT / "README.md", ROOT / "data" / "README.md"):
-        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for part in re.split(r"&&|\n", block.replace("\\\n", " ")):
-                words = shlex.split(part, comments=True)
-                if words and re.search(r"python3?$", words[0]):
-                    yield words[1:]
-
-
-@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
-def test_readme_commands_parse(words, monkeypatch):
-    """Every command that a README quotes is one that the scripts understand."""
-    if words[0] == "train.py":
-        train.parse(words[1:])
-    elif words[0] == "evaluate.py":
-        evaluate.parse(words[1:])
+@pytest.mark.parametrize("words", list(quoted_commands()), ids=" ".join)
+def test_quoted_commands_are_understood(words, monkeypatch):
+    """Options that the scripts know; of pytest files that are there; of other scripts --help."""
+    if words[0] in ("train.py", "evaluate.py"):
+        {"train.py": train, "evaluate.py": evaluate}[words[0]].parse(words[1:])
     elif words[0] == "-m":
         assert words[1] in ("venv", "pip", "pytest")
         assert all((ROOT / w.split("::")[0]).exists() for w in words[2:] if w.startswith("tests/"))
@@ -376,8 +380,20 @@ def test_readme_commands_parse(words, monkeypatch):
         assert stop.value.code == 0
 
 
-def test_readme_speaks_of_the_demo_and_of_mvtec():
-    """The commands above are really found: the demo, MVTec AD, prediction and the tests."""
-    found = [" ".join(words) for words in readme_commands()]
-    for wanted in ("train.py --demo", "evaluate.py --demo", "--category all", "--predict", "-m pytest"):
+def test_the_readme_is_short_and_quotes_the_commands_that_matter():
+    """At most 200 lines; the test above finds the demo, one's own images, the tests."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    found = [" ".join(words) for words in quoted_commands()]
+    for wanted in ("train.py --demo", "evaluate.py --demo", "--predict", "-m pytest", "make_toy.py"):
         assert any(wanted in command for command in found), wanted
+
+
+def test_the_python_of_the_readme_runs(workspace):
+    """Its first python block, on the tests' data, writes a heatmap."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    for kind in ("gouge", "oil", "chip", "fibre"):
+        shutil.copytree(TEST / "hole", TEST / kind)
+    before = set(Path(".").rglob("*.png"))
+    exec(code.replace("runs/flange", "runs/part").replace("data/toy/flange", "data/part"), {})
+    written = set(Path(".").rglob("*.png")) - before
+    assert written and all(pixels(path).std() > 1 for path in written)

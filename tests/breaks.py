@@ -1,0 +1,323 @@
+"""Break it yourself: damage the code on purpose, one line at a time, and see which test notices.
+
+    python tests/breaks.py                 all breaks, a table
+    python tests/breaks.py --only NAME     one of them, with what the test says
+    python tests/breaks.py --list          their names and what each would do to a user
+
+Every break is made in a temporary copy; the project itself is never changed. By hand, not by pytest.
+Exit code: the number of breaks that no test noticed.
+"""
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EQUATIONS, MODEL, DATA, SCRIPTS = (f"tests/test_{name}.py" for name in ("equations", "model", "data", "scripts"))
+
+# name, file, text to replace (it must stand there exactly once), replacement,
+# what it would do to a user, tests that should notice
+BREAKS = [
+    # ---- equations
+    ("E1-no-inner-relu", "patchae.py",
+     "self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.ReLU(),",
+     "self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.Identity(),",
+     "the encoder is one linear layer: not the paper's", [MODEL]),
+    ("E1-no-outer-relu", "patchae.py",
+     "nn.Conv2d(c3, c3, 1), nn.ReLU())\n", "nn.Conv2d(c3, c3, 1), nn.Identity())\n",
+     "R may be negative: not the paper's encoder", [MODEL]),
+    ("E1-skipped", "patchae.py",
+     "    return encoder(features)", "    return features",
+     "training changes nothing that is scored", [EQUATIONS]),
+    ("E2-relu-at-the-end", "patchae.py",
+     "    return decoder(r)", "    return F.relu(decoder(r))",
+     "nothing darker than the mean can be drawn", [EQUATIONS]),
+    ("E2-no-activation", "patchae.py",
+     "self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.ReLU(),",
+     "self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.Identity(),",
+     "the decoder is one linear layer", [MODEL]),
+    ("E2-sees-neighbours", "patchae.py",
+     "nn.ReLU(), nn.Conv2d(c3, pixels, 1))", "nn.ReLU(), nn.Conv2d(c3, pixels, 3, padding=1))",
+     "a neighbour's vector can draw a defect that this one hides: the thesis is gone", [MODEL]),
+    ("E3-sum", "patchae.py",
+     "    return (rebuilt - patches).square().mean()", "    return (rebuilt - patches).square().sum()",
+     "the step size depends on how many patches there are", [EQUATIONS]),
+    ("E3-absolute", "patchae.py",
+     "    return (rebuilt - patches).square().mean()", "    return (rebuilt - patches).abs().mean()",
+     "another loss than the formula says", [EQUATIONS]),
+    ("E3-half", "patchae.py",
+     "    return (rebuilt - patches).square().mean()", "    return (rebuilt - patches).square().mean() / 2",
+     "numbers that do not compare with the formula's", [EQUATIONS]),
+    ("E4-farthest", "patchae.py",
+     "torch.cdist(r, vectors).amin(dim=1)", "torch.cdist(r, vectors).amax(dim=1)",
+     "normal patches score like defects", [EQUATIONS]),
+    ("E4-squared", "patchae.py",
+     "torch.cdist(r, vectors).amin(dim=1)", "torch.cdist(r, vectors).amin(dim=1).square()",
+     "scores that are no distances", [EQUATIONS]),
+    ("E4-last-image-left-out", "patchae.py",
+     "    for vectors in memory:", "    for vectors in memory[:-1] or memory:",
+     "what only the last normal image shows is called a defect", [EQUATIONS]),
+    ("E4-only-last-image", "patchae.py",
+     "        nearest = torch.minimum(nearest, torch.cdist(r, vectors).amin(dim=1))",
+     "        nearest = torch.cdist(r, vectors).amin(dim=1)",
+     "one normal image is all that is remembered", [EQUATIONS]),
+    ("E5-mean", "patchae.py",
+     "anomaly_map.flatten(1).topk(HIGHEST).values.mean(dim=1)", "anomaly_map.mean(dim=(1, 2))",
+     "small defects drown in the normal rest", [EQUATIONS]),
+    ("E5-sum", "patchae.py",
+     "topk(HIGHEST).values.mean(dim=1)", "topk(HIGHEST).values.sum(dim=1)",
+     "scores that are no distances and stand above every threshold", [EQUATIONS]),
+    ("E5-lowest", "patchae.py",
+     "topk(HIGHEST)", "topk(HIGHEST, largest=False)",
+     "the calmest patches decide", [EQUATIONS]),
+    ("E5-maximum", "patchae.py",
+     "HIGHEST = 3 ", "HIGHEST = 1 ",
+     "one noisy place decides", [EQUATIONS]),
+    # ---- artificial defects
+    ("defects-no-blending", "patchae.py",
+     "image[box] = (1 - alpha) * image[box] + alpha * paint", "image[box] = image[box] + alpha * paint",
+     "every defect is brighter than the part", [EQUATIONS]),
+    ("defects-wrong-mask", "patchae.py",
+     "mask[box] |= alpha > 0", "mask[box] |= alpha <= 0",
+     "patches are drawn beside the defects", [EQUATIONS]),
+    ("defects-always-one", "patchae.py",
+     "for _ in range(random.randint(1, MOST_DEFECTS)):", "for _ in range(1):",
+     "less to learn from in every image", [EQUATIONS]),
+    ("defects-last-kind-never", "patchae.py",
+     "random.choice(DEFECT_KINDS)(other, h, w)", "random.choice(DEFECT_KINDS[:-1])(other, h, w)",
+     "noise blobs are never learned", [EQUATIONS]),
+    ("defects-square-boxes", "patchae.py",
+     "        w = math.ceil(width * random.uniform(*BOX_SIDE))", "        w = min(h, width)",
+     "defects ignore the image's aspect", [EQUATIONS]),
+    ("defects-change-the-input", "patchae.py",
+     "    image = image.clone()\n", "",
+     "the normal images fill up with defects while training runs", [EQUATIONS]),
+    ("paste-from-itself", "train.py",
+     "image, mask = patchae.add_defects(image, images[other] / 255)",
+     "image, mask = patchae.add_defects(image, image)",
+     "pasted patches come from the image itself and hide in textures", [MODEL]),
+    ("paste-no-gain", "patchae.py",
+     "return (patch * gain).clamp(0, 1)", "return patch.clamp(0, 1)",
+     "pasted patches keep their colours and are hard to tell", [EQUATIONS]),
+    ("paste-no-flip", "patchae.py",
+     ".flip(random.choice((1, 2)))", "",
+     "a paste at its own place changes nothing", [EQUATIONS]),
+    ("scratch-thick", "patchae.py",
+     "width = random.choice((1, 3))", "width = random.choice((1, 7))",
+     "scratches become bands", [EQUATIONS]),
+    ("scratch-opaque", "patchae.py",
+     "return torch.rand(3, 1, 1), alpha * random.uniform(*OPACITY)", "return torch.rand(3, 1, 1), alpha",
+     "faint scratches are never learned", [EQUATIONS]),
+    ("stain-opaque", "patchae.py",
+     "return torch.rand(3, 1, 1), irregular_blob(h, w, SOFT) * random.uniform(*OPACITY)",
+     "return torch.rand(3, 1, 1), irregular_blob(h, w, SOFT)",
+     "faint stains are never learned", [EQUATIONS]),
+    ("stain-hard-rim", "patchae.py",
+     "irregular_blob(h, w, SOFT)", "irregular_blob(h, w, HARD)",
+     "stains look like cut-outs", [EQUATIONS]),
+    ("noise-one-grain", "patchae.py",
+     "grain = random.randint(1, MAX_GRAIN)", "grain = 1",
+     "only the finest noise is learned", [EQUATIONS]),
+    ("noise-opaque", "patchae.py",
+     "return texture, irregular_blob(h, w, HARD) * random.uniform(*OPACITY)",
+     "return texture, irregular_blob(h, w, HARD)",
+     "faint noise is never learned", [EQUATIONS]),
+    ("blobs-round", "patchae.py",
+     "disc * (1 + noise / 2)", "disc * (1 + 0 * noise)",
+     "every blob is the same ellipse", [EQUATIONS]),
+    # ---- features
+    ("colours-not-imagenets", "patchae.py",
+     "IMAGENET_MEAN = (0.485, 0.456, 0.406)", "IMAGENET_MEAN = (0.5, 0.5, 0.5)",
+     "the backbone sees other colours than it was trained with", [EQUATIONS]),
+    ("unpatchify-unclipped", "patchae.py",
+     "[1 / s for s in IMAGENET_STD]).clamp(0, 1)", "[1 / s for s in IMAGENET_STD])",
+     "pictures with wrapped-round colours", [EQUATIONS]),
+    ("border-zeros", "patchae.py",
+     'module.padding_mode = "reflect"', 'module.padding_mode = "zeros"',
+     "the backbone answers to an edge that no part has", [MODEL]),
+    ("border-plain-mean", "patchae.py",
+     "    return mean / there.sqrt()", "    return mean / there",
+     "good textures score highest at their own border", [EQUATIONS]),
+    ("border-too-quiet", "patchae.py",
+     "    return mean / there.sqrt()", "    return mean",
+     "defects at the border are missed", [EQUATIONS]),
+    ("contrast-untempered", "patchae.py",
+     "temper_contrast(m) for m in", "m for m in",
+     "highlights outweigh defects in the dark", [MODEL]),
+    ("contrast-gone", "patchae.py",
+     "(squared_length + TINY)**0.25", "(squared_length + TINY)**0.5",
+     "the noise of a plain background scores like a defect", [EQUATIONS]),
+    ("scales-nearest", "patchae.py",
+     'mode = "area" if m.shape[-1] > grid else "bilinear"', 'mode = "area" if m.shape[-1] > grid else "nearest"',
+     "blocky maps", [EQUATIONS]),
+    ("scales-skipping", "patchae.py",
+     'mode = "area" if m.shape[-1] > grid else "bilinear"', 'mode = "nearest"',
+     "three quarters of the finest stage are never looked at", [EQUATIONS]),
+    ("scales-not-averaged", "patchae.py",
+     "        m = average_neighbours(m, neighbourhood) ", "        m = m ",
+     "a part that moved by a pixel scores as a defect", [EQUATIONS]),
+    ("statistics-of-the-last-batch", "patchae.py",
+     "module.train().momentum = None", "module.train().momentum = 1.0",
+     "random features follow whatever image came last", [MODEL]),
+    # ---- training
+    ("start-inverted", "patchae.py",
+     "        if not config.channels:", "        if config.channels:",
+     "training starts with distances lost", [MODEL]),
+    ("clean-target", "train.py",
+     "loss = patchae.training_loss(model, features, image, drawn.to(device))",
+     "loss = patchae.training_loss(model, features, images[chosen].to(device) / 255, drawn.to(device))",
+     "a denoising auto-encoder: it learns to remove defects, the paper's method turned round", [MODEL]),
+    ("no-defects-in-training", "train.py",
+     "defected_batch(images, chosen, config.defects)", "defected_batch(images, chosen, False)",
+     "defects are never learned", [MODEL]),
+    ("patches-all-plain", "patchae.py",
+     "wanted = round(count * share) if len(there) else 0", "wanted = 0",
+     "defects are rare in a step and stay badly rebuilt", [MODEL]),
+    ("other-patches-than-features", "patchae.py",
+     "patches = patches.transpose(0, 1).flatten(1)[None, :, drawn, None] ",
+     "patches = patches.transpose(0, 1).flatten(1)[None, :, drawn.flip(0), None] ",
+     "a vector learns to draw another place's patch", [MODEL]),
+    ("no-schedule", "train.py",
+     "        schedule.step()\n", "",
+     "the rate never falls and the last steps stay rough", [MODEL]),
+    ("schedule-restarts", "train.py",
+     "CosineAnnealingLR(optimizer, max(1, config.steps))",
+     "CosineAnnealingWarmRestarts(optimizer, max(1, config.steps // 4))",
+     "the rate jumps up again and again", [MODEL]),
+    ("always-the-same-images", "train.py",
+     "chosen = random.sample(range(len(images)), min(config.batch_size, len(images)))",
+     "chosen = list(range(min(config.batch_size, len(images))))",
+     "only the first images are learned", [MODEL]),
+    ("one-rate-for-all", "train.py",
+     '{"params": model.encoder.parameters(), "lr": config.encoder_lr}',
+     '{"params": model.encoder.parameters(), "lr": config.lr}',
+     "the encoder moves faster than distances bear", [MODEL]),
+    ("loss-of-the-last-step", "train.py",
+     "        total += loss.detach()", "        total = loss.detach()",
+     "a log that divides one step's loss by many", [MODEL]),
+    ("rebuilt-of-everything", "patchae.py",
+     "missing = ((rebuilt - defected).square() * mask).sum()",
+     "missing = ((rebuilt - defected).square()).sum()",
+     "the rebuilt share counts pixels without a defect", [MODEL]),
+    ("trains-on-test", "train.py",
+     'list_images(args.data / name / "train" / "good")', "list_images(args.data / name)",
+     "test images and masks become normal images", [SCRIPTS]),
+    ("preview-mask-inverted", "train.py",
+     "masks.expand_as(defected)", "(~masks).expand_as(defected)",
+     "a picture that explains the opposite", [SCRIPTS]),
+    # ---- memory, threshold
+    ("memory-first-vectors", "patchae.py",
+     "torch.randperm(P, generator=rng)[:n]", "torch.arange(P)[:n]",
+     "--memory-fraction remembers the upper part of every image only", [MODEL]),
+    ("memory-seed-ignored", "patchae.py",
+     "rng = torch.Generator().manual_seed(model.config.seed)", "rng = torch.Generator().manual_seed(0)",
+     "--seed does not change the memory", [MODEL]),
+    ("vectors-transposed", "patchae.py",
+     "nearest.unflatten(0, (len(image), model.grid, model.grid))",
+     "nearest.unflatten(0, (len(image), model.grid, model.grid)).mT",
+     "heatmaps glow at the mirrored place", [MODEL]),
+    ("nothing-left-out", "train.py",
+     "memory[:i] + memory[i + 1:]", "memory",
+     "the threshold is zero and every new image is anomalous", [MODEL]),
+    ("quantile-turned-round", "evaluate.py",
+     "torch.quantile(normal_scores, args.quantile)", "torch.quantile(normal_scores, 1 - args.quantile)",
+     "nearly all good images are called anomalous", [SCRIPTS]),
+    # ---- numbers and pictures
+    ("unmasked-defects-are-normal", "evaluate.py",
+     'if kind != "good" and mask is None:', "if False:",
+     "defects without a mask count as normal pixels", [SCRIPTS, DATA]),
+    ("mean-over-all-kinds", "evaluate.py",
+     "for row in table if row[1] == kind]", "for row in table]",
+     "the mean mixes the method with its baselines", [SCRIPTS]),
+    ("heatmaps-of-others", "evaluate.py",
+     "list(zip(paths, maps))", "list(zip(paths, maps.flip(0)))",
+     "a good part glows in place of the defective one", [SCRIPTS]),
+    ("scale-ignores-threshold", "evaluate.py",
+     "return threshold if threshold > 0 else", "return 1.0 if threshold > 0 else",
+     "good parts glow or defects stay dark", [SCRIPTS]),
+    ("counts-swapped", "evaluate.py",
+     "above.count(False)} of {labels.count(False)} good", "above.count(True)} of {labels.count(True)} good",
+     "the printed counts blame the good images", [SCRIPTS]),
+    ("opacity-fixed", "evaluate.py",
+     "np.interp(level, OPACITY_RISES, (0, MOST_OPACITY))", "np.full_like(level, MOST_OPACITY)",
+     "normal images are tinted all over", [SCRIPTS]),
+    ("histogram-swapped", "evaluate.py",
+     "good = np.histogram(scores[~labels]", "good = np.histogram(scores[labels]",
+     "good images are drawn where the defective ones are", [SCRIPTS]),
+    ("mask-bilinear", "data/images.py",
+     "Image.Resampling.NEAREST", "Image.Resampling.BILINEAR",
+     "masks grow or shrink by what a resize blurs", [DATA]),
+    ("mask-only-255", "data/images.py",
+     ".any(axis=2))", ".min(axis=2) == 255)",
+     "masks with other values than 255 are empty", [DATA]),
+    ("half-written", "patchae.py",
+     'unfinished = path.with_name(f".part-{path.name}")', "unfinished = path",
+     "Ctrl-C leaves half a result in place of the last one", [DATA, SCRIPTS]),
+    # ---- toy set
+    ("toy-masks-shifted", "data/make_toy.py",
+     'save(np.asarray(mask), "ground_truth"', 'save(np.roll(np.asarray(mask), 8, axis=1), "ground_truth"',
+     "pixel AUROC is measured at the wrong place", [DATA]),
+    ("toy-chip-beyond-the-part", "data/make_toy.py",
+     "disc(ImageDraw.Draw(mask), middle, SIZE, outline=0, width=round((1 - RIM) * SIZE))", "pass",
+     "background is called a defect", [DATA]),
+    ("toy-nothing-at-the-border", "data/make_toy.py",
+     "n % BORDER_EVERY == 0", "n < 0",
+     "defects at the border are never asked for", [DATA]),
+]
+
+
+def apply(copy, file, old, new, name):
+    """Replace `old` by `new` in a file of the copy; a clear line where it no longer fits the code."""
+    text = (copy / file).read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        sys.exit(f"{name}: the text to replace stands {text.count(old)} times in {file}, not once: {old!r}")
+    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def tried(name, file, old, new, tests):
+    """What pytest prints for one break, made in a temporary copy of the project."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "toy", "__pycache__", ".pytest_cache", "*.png")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        apply(copy, file, old, new, name)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                   "-k", "not readme and not README", *tests]
+        return subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
+
+
+def main():
+    """Try the breaks that are asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="this break alone, with pytest's output")
+    parser.add_argument("--list", action="store_true", help="only say what there is")
+    args = parser.parse_args()
+    chosen = [one for one in BREAKS if args.only in (None, one[0])]
+    if not chosen:
+        sys.exit(f"--only {args.only}: no such break; --list shows them")
+    begin = time.monotonic()
+    unnoticed = 0
+    for name, file, old, new, effect, tests in chosen:
+        if args.list:
+            print(f"{name:30} {effect}")
+            continue
+        output = tried(name, file, old, new, tests)
+        noticed = re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", output, re.M)
+        unnoticed += not noticed
+        verdict = f"noticed by {noticed[0]}" if noticed else "NOT NOTICED"
+        print(f"{name:30} {verdict:70} {effect}", flush=True)
+        if args.only:
+            print(f"\n{file}\n- {old}\n+ {new}\n\n{output}")
+    if not args.list:
+        print(f"{len(chosen) - unnoticed} of {len(chosen)} breaks noticed, "
+              f"{time.monotonic() - begin:.0f} s")
+    return unnoticed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
