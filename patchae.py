@@ -170,9 +170,11 @@ class Config:
             fits = accepted is None or all(v in accepted for v in values)
             if one.type is float:
                 fits = 0 <= value <= 1
-                accepted = "0 to 1"
+                accepted = "from 0 to 1"
+            elif isinstance(accepted, range):
+                accepted = f"from {accepted[0]} to {accepted[-1]} in steps of {accepted.step}"
             if not fits:
-                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
+                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be {accepted}")
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
@@ -462,7 +464,8 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name):
     """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    there = [kind for kind, backend in accelerators.items() if backend.is_available()] + ["cpu"]
     name = there[0] if name == "auto" else name
     if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")

@@ -133,9 +133,11 @@ def normal_scores(model, images):
     images: (N, 3, H, W) uint8. Returns (n,), n at most config.threshold_images, spread evenly:
     the threshold is one of their quantiles.
     """
+    count = min(model.config.threshold_images, len(images)) if len(images) > 1 else 0
+    if not count:
+        return torch.empty(0)
     device = next(model.parameters()).device
     memory = patchae.build_memory(model, batches(images, model.config.batch_size, device, "memory"))
-    count = min(model.config.threshold_images, len(images)) if len(images) > 1 else 0
     chosen = [k * len(images) // count for k in range(count)]
     scores = []
     for i, image in zip(chosen, batches(images[chosen], 1, device, "threshold")):
