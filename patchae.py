@@ -476,7 +476,7 @@ def choose_device(name):
 
 @contextmanager
 def whole(path):
-    """Yield a temporary path; the file or folder made there takes the place of `path` at the end.
+    """Yield a temporary path; the file or folder made there takes the place of `path` in the end.
 
     After an error or Ctrl-C `path` is as it was before. What cannot be written is a UserError.
     """
@@ -496,7 +496,7 @@ def whole(path):
 
 
 def load_weights(backbone, config):
-    """Fill the backbone by config.weights, a download or a file. UserError where it does not fit."""
+    """Fill the backbone by config.weights, download or file. UserError where they do not fit."""
     source = config.weights
     try:
         if source == "imagenet":

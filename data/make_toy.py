@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 ROOT = Path(__file__).parent / "toy"
 SIZE = 256                           # pixels: the network's input, so that nothing is lost
 SCALE = 2                            # drawn larger and shrunk, for smooth edges
-TRAIN, GOOD, PER_DEFECT = 40, 20, 8  # images of each category
+TRAIN = 40                           # normal training images of each category
+GOOD = 20                            # normal test images
+PER_DEFECT = 8                       # defective test images of each kind
 LIGHT, NOISE = 0.04, 2.0             # relative change of light; grey levels of sensor noise
 STEEL, GREEN = (0.97, 1.0, 1.04), (0.78, 1.0, 0.94)  # tints of the flange and of the felt
 TABLE = 34                           # grey level of the dark table under both
@@ -55,9 +57,10 @@ def along(turn):
     return np.stack([np.cos(turn), np.sin(turn)], axis=-1)
 
 
-def disc(draw, centre, radius, **paint):
+def disc(draw, centre, radius, fill=None, outline=None, width=1):
     """A circle, painted as Pillow's ellipse is; centre (x, y) and radius in pixels."""
-    draw.ellipse([*np.subtract(centre, radius), *np.add(centre, radius)], **paint)
+    box = [*np.subtract(centre, radius), *np.add(centre, radius)]
+    draw.ellipse(box, fill, outline, width)
 
 
 # ---- normal images: (SIZE, SIZE, 3) float grey levels -------------------------------------------

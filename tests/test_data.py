@@ -253,7 +253,7 @@ def test_wrong_folders(refused, main):
     *((train.main, argv) for argv in (
         "--image-size 100", "--neighbourhood 2", "--layers 0 2", "--layers 7", "--patch-size 5",
         "--lr 2", "--lr nan", "--steps -1", "--batch-size 0", "--seed -1", "--steps many",
-        "--memory-fraction 1.5", "--backbone vgg", "--device tpu", "--device cuda", "--nonsense", "--out data")),
+        "--memory-fraction 2", "--backbone vgg", "--device tpu", "--device cuda", "--none", "--out data")),
     *((evaluate.main, argv) for argv in (
         "--quantile 0", "--quantile 1.01", "--quantile nan", "--score nothing", "--device cuda"))],
     ids=lambda value: value if isinstance(value, str) else "")

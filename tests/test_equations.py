@@ -71,9 +71,10 @@ def test_E4_distance_by_hand():
 
 
 def test_E5_image_score_by_hand():
-    """S is the largest s_ij of each image: 4 of the first map, 9 of the second."""
-    anomaly_map = torch.tensor([[[1.0, 4.0, 0.0], [2.0, 3.0, 1.0]], [[0.0, 0.0, 1.0], [1.0, 9.0, 1.0]]])
-    assert patchae.image_score(anomaly_map).tolist() == [4.0, 9.0]
+    """S is the mean of the three largest s_ij: (4 + 3 + 2) / 3 = 3 of the first map, (9 + 1 + 1) / 3 of the
+    second, wherever in the map they lie."""
+    anomaly_map = torch.tensor([[[1.0, 4.0, 0.0], [2.0, 3.0, 1.0]], [[0.0, 9.0, 1.0], [1.0, 0.0, 1.0]]])
+    assert patchae.image_score(anomaly_map).tolist() == pytest.approx([3, 11 / 3])
 
 
 # ---- ⊕: from maps to features -------------------------------------------------------------------

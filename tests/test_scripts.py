@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -85,6 +86,11 @@ def anomaly_maps(paths, kind="feature"):
     return ((vectors(paths, kind) - patches)**2).mean(axis=2).reshape(-1, 16, 16)
 
 
+def image_scores(maps):
+    """The mean of the three highest places of each map."""
+    return np.sort(maps.reshape(len(maps), -1))[:, -3:].mean(axis=1)
+
+
 def enlarged(anomaly_map, size):
     """A map at the size (width, height), bilinear."""
     return np.array(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.BILINEAR))
@@ -128,13 +134,14 @@ def test_train_csv_and_defects_png(workspace, monkeypatch):
     what `rebuilt` says, 0 if all of the defects is rebuilt, follows from its pixels."""
     losses, loss = [], patchae.training_loss
     monkeypatch.setattr(patchae, "training_loss", lambda *args: (losses.append(loss(*args)), losses[-1])[1])
+    begin = time.monotonic()
     run(train.main, "--steps", 12)
     log = rows("runs/part/train.csv")
     assert list(log[0]) == ["step", "loss", "rebuilt", "steps_per_second"]
     assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12]
     means = torch.stack(losses).detach().reshape(6, 2).mean(dim=1)
     assert [float(row["loss"]) for row in log] == pytest.approx(means.tolist(), rel=1e-5)
-    assert all(0.1 < float(row["steps_per_second"]) < 1e5 for row in log)
+    assert 0 < sum(2 / float(row["steps_per_second"]) for row in log) < time.monotonic() - begin
     cells = pixels("runs/part/defects.png")[2:, 2:].reshape(6, 66, 4, 66, 3)[:, :64, :, :64]
     normal, defected, mask, rebuilt = cells.transpose(2, 0, 1, 3, 4)
     assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.iterdir())])
@@ -210,7 +217,7 @@ def test_scores_metrics_and_pictures_by_another_route(workspace, capsys):
         assert [(row["path"], row["label"]) for row in found] == [
             (path.relative_to("data").as_posix(), path.parent.name) for path in paths]
         scores = [float(row["score"]) for row in found]
-        assert scores == pytest.approx(maps.max(axis=(1, 2)), rel=1e-3)
+        assert scores == pytest.approx(image_scores(maps), rel=1e-3)
         results = rows("runs/results.csv")
         row, = [row for row in results if (row["category"], row["score"]) == ("part", kind)]
         assert len(results) == 2 * min(number + 1, 3)  # replaced, not repeated; a mean for each kind
@@ -237,7 +244,7 @@ def test_threshold_is_the_quantile_of_leave_one_out_scores(workspace, capsys):
             run(train.main, "--steps", 0, *options)
         run(evaluate.main, "--quantile", 0.7)
         known = vectors(sorted(GOOD.iterdir()))
-        expected = [distances(known[[i]], np.delete(known, i, axis=0)).max() for i in range(6)]
+        expected = [image_scores(distances(known[[i]], np.delete(known, i, axis=0)))[0] for i in range(6)]
         expected = expected[::2 if options else 1]
         assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
         found += re.findall(r"threshold ([\d.]+), the 0.7 quantile", capsys.readouterr().out)
@@ -295,7 +302,7 @@ def test_predictions(workspace):
     threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
     paths = [Path("photos", name) for name in (*names, "broad.JPG")]
     maps = anomaly_maps(paths)
-    ranked = sorted(zip(maps.max(axis=(1, 2)), paths, maps), key=lambda row: -row[0])
+    ranked = sorted(zip(image_scores(maps), paths, maps), key=lambda row: -row[0])
     table, folder = rows("runs/part/predictions/predictions.csv"), Path("runs/part/predictions")
     assert [row["path"] for row in table] == [str(path) for _, path, _ in ranked]
     assert [float(row["score"]) for row in table] == pytest.approx([row[0] for row in ranked], rel=1e-3)
