@@ -292,7 +292,9 @@ def update_results(path, rows):
     kept = []
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
-            kept = [[row[key] for key in RESULTS] for row in csv.DictReader(file)]
+            header, *kept = [*csv.reader(file)] or [[]]
+        if header != RESULTS:
+            raise UserError(f"{path}: not a table of evaluate.py; move it away")
     new = {(row[0], row[1]) for row in rows}
     table = [row for row in kept if row[5] and (row[0], row[1]) not in new] + rows
     means = []

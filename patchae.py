@@ -61,7 +61,7 @@ def irregular_blob(h, w, softness):
     noise = F.interpolate(noise, (h, w), mode="bicubic")[0]               # (1, h, w)
     y = torch.linspace(-1, 1, h)[:, None]                                 # (h, 1)
     x = torch.linspace(-1, 1, w)                                          # (w,)
-    disc = 1 - x * x - y * y                                              # (h, w)
+    disc = (1 - x * x - y * y).clamp(min=0)                               # (h, w)
     return ((disc * (1 + noise / 2) - BLOB_RIM) / softness).clamp(0, 1)   # (1, h, w)
 
 

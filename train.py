@@ -165,6 +165,9 @@ def train_category(name, args, config, device):
     if args.skip_finished and is_finished(folder / "checkpoint.pt", config):
         print(f"{name}: {folder / 'checkpoint.pt'} has this configuration, left as it is")
         return
+    if folder.exists() and not (folder / "train.csv").exists():
+        raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
+                        "replaced; choose another --out")
     images = read_images(list_images(args.data / name / "train" / "good"), config.image_size)
     model = patchae.build_model(config).to(device)
     if config.weights == "random":

@@ -177,7 +177,8 @@ def test_training_moves_the_backbone_only_when_fine_tuned():
 def watched():
     """A training of 38 steps, 4 on each batch of 4 of 6 images. Returns the model, the images, what was held
     out, the log, and of some functions all calls: (arguments, result)."""
-    model = make_model(steps=38, draws=4, batch_size=4, patches=200, lr=3e-3, defect_share=.25)
+    model = make_model(steps=38, draws=4, batch_size=4, patches=200, lr=3e-3, encoder_lr=3e-4,
+                       defect_share=.25)
     images = draw_images(6, 3)
     patchae.calibrate_batch_norm(model.backbone, [images / 255])
     held_out = (images / 255, *train.defected_batch(images, range(6)))
