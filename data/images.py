@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from patchae import UserError
 
+SMALLEST = 8  # pixels of a side: less than a patch shows nothing
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -60,6 +61,8 @@ def read_image(path):
     if image.mode[0] in "IF":
         raise UserError(f"{path}: 16-bit or float pixels would be clipped; scale all images alike "
                         "to 8 bits and save them as PNG")
+    if min(image.size) < SMALLEST:
+        raise UserError(f"{path}: {image.width} × {image.height} pixels; use larger images")
     return lay_on(image, "white")
 
 
