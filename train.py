@@ -26,9 +26,11 @@ REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
 HELD_OUT = 24  # our choice: images whose artificial defects are kept apart to measure `rebuilt`
 LOG = ["step", "loss", "rebuilt", "steps_per_second"]
-# our choice: no download; random features fade with depth, so the early stages, on 4-pixel patches
+# our choice: no download. Random features fade with depth, so early stages, small patches and no
+# average; there is less in them to preserve, so that higher rates rebuild more
 DEMO = {"data": make_toy.ROOT, "category": ["all"], "backbone": "resnet18", "weights": "random",
-        "layers": (1, 2), "image_size": 128, "patch_size": 4}
+        "layers": (1, 2), "image_size": 128, "patch_size": 4, "neighbourhood": 1, "lr": 3e-3,
+        "encoder_lr": 1e-3}
 
 
 def parse(argv):
