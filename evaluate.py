@@ -308,10 +308,10 @@ def update_results(path, rows):
 
 
 def print_table(rows):
-    """Category, score kind, metrics and time, a line each."""
+    """Category, score kind, metrics in per cent and time, a line each."""
     print(f"\n{'category':16} {'score':14} {'image AUROC':>12} {'pixel AUROC':>12} {'s/image':>8}")
     for name, kind, image, pixel, seconds, *_ in rows:
-        shown = ["undefined" if math.isnan(value) else f"{value:.4f}" for value in (image, pixel)]
+        shown = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in (image, pixel)]
         print(f"{name:16} {kind:14} {shown[0]:>12} {shown[1]:>12} {seconds:8.3f}")
 
 
