@@ -3,7 +3,8 @@
     python train.py --demo
     python train.py --data ROOT --category NAME [NAME ...]
 
-Reads ROOT/NAME/train/good; writes OUT/NAME/checkpoint.pt, train.csv and defects.png.
+Reads ROOT/NAME/train/good; writes OUT/NAME/checkpoint.pt, train.csv and defects.png, in place of
+whatever results an earlier training and its evaluations left in OUT/NAME.
 """
 import argparse
 import csv

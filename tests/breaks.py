@@ -176,7 +176,7 @@ BREAKS = [
      "defects are never learned", [MODEL]),
     ("patches-all-plain", "patchae.py",
      "wanted = round(count * share) if len(there) else 0", "wanted = 0",
-     "defects are rare in a step and stay badly rebuilt", [MODEL]),
+     "defects are rare in a step and stay badly rebuilt", [EQUATIONS]),
     ("other-patches-than-features", "patchae.py",
      "patches = patches.transpose(0, 1).flatten(1)[None, :, drawn, None] ",
      "patches = patches.transpose(0, 1).flatten(1)[None, :, drawn.flip(0), None] ",

@@ -122,12 +122,15 @@ def test_a_cameras_orientation_is_applied_to_images_and_masks(tmp_path, orientat
 
 
 def test_images_are_resized_whole(tmp_path):
-    """Both ends of a broad image are in the network's input: nothing is cropped, nothing padded."""
-    halves("RGB", (200, 0, 0), (0, 0, 200), (96, 40)).save(tmp_path / "broad.png")
+    """Both ends of a broad image are in the network's input, an eighth each: no crop, no padding."""
+    image = Image.new("RGB", (96, 40), (90, 90, 90))
+    image.paste((200, 0, 0), (0, 0, 12, 40))
+    image.paste((0, 0, 200), (84, 0, 96, 40))
+    image.save(tmp_path / "broad.png")
     image, = images.read_images([tmp_path / "broad.png"], 64)
     assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
-    assert (image[:, :, :30].permute(1, 2, 0) == torch.tensor([200, 0, 0])).all()
-    assert (image[:, :, 34:].permute(1, 2, 0) == torch.tensor([0, 0, 200])).all()
+    for place, colour in ((np.s_[:7], (200, 0, 0)), (np.s_[9:-9], (90, 90, 90)), (np.s_[-7:], (0, 0, 200))):
+        assert (image[:, :, place] == torch.tensor(colour)[:, None, None]).all()
 
 
 MASKS = {"8-bit value 1": lambda mask: Image.fromarray(mask.astype(np.uint8)),

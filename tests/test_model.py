@@ -231,6 +231,7 @@ def test_batches_are_random_and_get_new_defects(watched):
     assert len(set(batches)) > 4
     assert len(torch.stack([defected for _, (defected, _) in calls["add_defects"]]).unique(dim=0)) == 40
     assert all(image != other for image, other in pairs) and {other for _, other in pairs} == set(range(6))
+    assert len(set(pairs)) > 12  # of 30; "always the next one" would be 6
 
 
 def test_learning_rates_follow_one_cosine(watched):
