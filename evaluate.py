@@ -218,7 +218,7 @@ def overview_columns(samples, maps, scores, scale, size):
             image, *heated = heat_pictures(path, anomaly_map, scale)
             truth = read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool)
             truth = Image.fromarray(truth.numpy()).convert("RGB").resize(image.size)
-            place = 0 if kind == "good" else len(columns)
+            place = shown.count("good") - 1 if kind == "good" else len(columns)
             columns.insert(place, [image, truth, *heated])
             titles.insert(place, f"{kind} {score:.2f}")
     return columns, titles
@@ -291,9 +291,9 @@ def update_results(path, rows):
     """
     kept = []
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
             header, *kept = [*csv.reader(file)] or [[]]
-        if header != RESULTS:
+        if header != RESULTS or any(len(row) != len(RESULTS) for row in kept):
             raise UserError(f"{path}: not a table of evaluate.py; move it away")
     new = {(row[0], row[1]) for row in rows}
     table = [row for row in kept if row[5] and (row[0], row[1]) not in new] + rows

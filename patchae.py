@@ -437,10 +437,10 @@ def score_maps(model, image, memory, kind="feature"):
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
 def exit_code(work, *arguments):
-    """work(*arguments) or 0; a UserError becomes one line on stderr and exit code 2."""
+    """work(*arguments) or 0; bad input and a full disk become one line on stderr and exit code 2."""
     try:
         return work(*arguments) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names its file itself
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
@@ -546,7 +546,9 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = PatchAE(Config(**content["config"]))
         model.load_state_dict(content["model"])
-        return model, content["images"], content["normal_scores"]
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+        return model, content["images"].byte(), content["normal_scores"].float()
     except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
         raise UserError(f"{path}: no checkpoint of this version ({reason(error)}); make it with "
                         "train.py") from error

@@ -26,6 +26,7 @@ from patchae import Config, UserError
 REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
 HELD_OUT = 24  # our choice: images whose artificial defects are kept apart to measure `rebuilt`
+DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
 LOG = ["step", "loss", "rebuilt", "steps_per_second"]
 # our choice: no download. Random features fade with depth, so early stages, small patches and no
 # average; there is less in them to preserve, so that higher rates rebuild more
@@ -119,7 +120,7 @@ def fit(model, images, held_out, name):
 
 def report(model, held_out, name, step, loss, speed):
     """Print how far training is; returns the row of the log. UserError where the loss diverged."""
-    if not math.isfinite(loss):
+    if not loss < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
     normal, defected, masks = held_out

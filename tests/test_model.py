@@ -354,8 +354,8 @@ def test_normal_scores_leave_the_image_itself_out(shared, monkeypatch):
 
 def test_the_border_of_normal_images_is_as_normal_as_their_inside():
     """Scored against each other, 12 random textures are as far apart in the outermost ring of patches and in
-    the corners as inside. With a plain mean over the neighbours that exist the corners are 1.35 times as far,
-    with zeros around the image 0.8 times. A dark spot at the border is still the worst place of its image."""
+    the corners as inside. With a plain mean over the neighbours that exist the corners are 1.3 times as far,
+    with the sum divided by k² everywhere 0.75 times. A dark spot there is still the worst place."""
     images, spotted = draw_images(12, 16) / 255, draw_images(4, 16) / 255
     model = make_model()
     patchae.calibrate_batch_norm(model.backbone, images.split(6))
