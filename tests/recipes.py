@@ -126,7 +126,8 @@ def cell(found):
     for values in (100 * image, 100 * pixel):
         spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
         texts.append(f"{values.mean():.1f}{spread}")
-    return " / ".join(texts) + f", {rebuilt.mean():.2f}"
+    missing = "" if np.isnan(rebuilt).any() else f", {rebuilt.mean():.2f}"  # none without training
+    return " / ".join(texts) + missing
 
 
 def main():
