@@ -437,7 +437,7 @@ def score_maps(model, image, memory, kind="feature"):
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
 def exit_code(work, *arguments):
-    """work(*arguments) or 0; bad input or a full disk becomes one line on stderr and exit code 2."""
+    """work(*arguments) or 0; bad input or a full disk: one line on stderr and exit code 2."""
     try:
         return work(*arguments) or 0
     except (UserError, OSError) as error:  # an OSError names its file itself
