@@ -5,8 +5,8 @@
     python evaluate.py --data ROOT --category NAME --predict IMAGE_OR_FOLDER
 
 Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
-to predict. Writes tables and pictures to OUT/NAME/SCORE or to OUT/NAME/predictions, and a line to
-OUT/results.csv.
+to predict. Writes tables and pictures to OUT/NAME/SCORE or to OUT/NAME/predictions, and gathers
+what all categories reached in OUT/results.csv.
 """
 import csv
 import math
@@ -26,8 +26,9 @@ from data.images import (batches, choose_categories, list_images, list_test, pro
                          read_images, read_mask)
 from patchae import UserError
 
-RESULTS = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed",
-           "backbone", "weights"]
+SCORES = ("feature", "backbone", "reconstruction")  # distance in R, in Φ; error of the decoder
+RESULT = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed",
+          "backbone", "weights"]
 # our choice: dark to glowing, evenly brighter, so that grey prints show the same
 COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])
 SCALE = (0.5, 1.5)          # our choice: darkest and brightest, in thresholds
@@ -39,8 +40,7 @@ RANKED = 12                 # our choice: columns of the predictions' overview.p
 NAME_END = 12               # our choice: letters of a file name that fit above a column
 CELL, GAP, TITLE = 160, 4, 24  # pixels of overview.png
 BARS = 40                   # our choice: bars of histogram.png
-HISTOGRAM = (640, 240)      # pixels
-MARGIN = 24                 # pixels
+WIDTH, HEIGHT, MARGIN = 640, 240, 24  # pixels of histogram.png
 
 
 def parse(argv):
@@ -48,7 +48,7 @@ def parse(argv):
     parser = patchae.Parser(__doc__)
     add = parser.add_argument
     add("--predict", type=Path, metavar="PATH", help="score this image or folder; needs no labels")
-    add("--score", choices=patchae.SCORES, default="feature",
+    add("--score", choices=SCORES, default="feature",
         help="distance in R (default), in the raw backbone features, or reconstruction error")
     add("--quantile", type=float, default=0.99, metavar="Q",
         help="the threshold is this quantile of the normal images' scores, each against the\n"
@@ -67,9 +67,11 @@ def prepare(name, args, device):
     model, images, normal_scores = patchae.load_checkpoint(args.out / name / "checkpoint.pt")
     model.to(device).eval()
     memory = None
+    if args.score == "backbone":
+        model.encoder = torch.nn.Identity()  # R = Φ: what training must beat
     if args.score != "reconstruction":
-        known = batches(images, model.config.batch_size, device, "memory")
-        memory = patchae.build_memory(model, known, args.score)
+        memory = patchae.build_memory(
+            model, batches(images, model.config.batch_size, device, "memory"))
     threshold = math.nan
     if args.score == "feature" and len(normal_scores):  # training stored those of no other score
         threshold = torch.quantile(normal_scores, args.quantile).item()
@@ -78,14 +80,17 @@ def prepare(name, args, device):
     return model, memory, threshold
 
 
-def score_images(paths, model, memory, args):
+def score_images(paths, model, memory):
     """The anomaly maps (N, H', W') of image files, on the CPU, and the seconds for each."""
     images = read_images(paths, model.config.image_size)
-    device = next(model.parameters()).device
-    at_once = 1 if device.type == "cpu" else model.config.batch_size  # so the cache holds it
+    at_once = 1 if model.device.type == "cpu" else model.config.batch_size  # so the cache holds it
     begin = time.monotonic()
-    maps = [patchae.score_maps(model, image, memory, args.score).cpu()
-            for image in batches(images, at_once, device, "scoring")]
+    maps = []
+    for image in batches(images, at_once, model.device, "scoring"):
+        if memory is None:
+            maps.append(patchae.reconstruction_error(model, image).cpu())
+        else:
+            maps.append(patchae.score_maps(model, image, memory).cpu())
     return torch.cat(maps), (time.monotonic() - begin) / len(paths)
 
 
@@ -100,22 +105,22 @@ def upsample(maps, size):
     return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]      # (N, *size)
 
 
+def read_truth(mask, path, size):
+    """The mask (size, size) of an image file, empty where it has none."""
+    return read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool)
+
+
 def pixel_auroc(samples, maps, size):
     """AUROC of all pixels at the network's size; a defective image without a mask is left out."""
-    labels, scores = [], []
-    absent = 0
-    for (path, kind, mask), anomaly_map in zip(samples, maps):
-        if kind != "good" and mask is None:
-            absent += 1
-            continue
-        labels.append(read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool))
-        scores.append(upsample(anomaly_map[None], (size, size))[0])
-    if absent:
-        print(f"pixel AUROC: {absent} defective images have no mask and are left out")
-    if not any(label.any() for label in labels):
+    known = [n for n, (_, kind, mask) in enumerate(samples) if kind == "good" or mask]
+    if len(known) < len(samples):
+        print(f"pixel AUROC: {len(samples) - len(known)} defective images have no mask and are "
+              "left out")
+    if not any(mask for _, _, mask in samples):
         print("pixel AUROC: undefined (no masks under ground_truth/)")
         return math.nan
-    return auroc(torch.stack(labels).flatten(), torch.stack(scores).flatten())
+    truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
+    return auroc(torch.stack(truths).flatten(), upsample(maps[known], (size, size)).flatten())
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -156,35 +161,36 @@ def write_heatmaps(folder, root, paths, maps, scale):
 
 def write_histogram(path, scores, labels, threshold):
     """Bars of the scores of good (blue) and defective (red) images, with the threshold (black)."""
-    picture = Image.new("RGB", HISTOGRAM, "white")
-    draw = ImageDraw.Draw(picture)
-    width, height = HISTOGRAM
     scores, labels = np.asarray(scores), np.asarray(labels)
-    top = max(scores.max(), 0 if math.isnan(threshold) else threshold) * (1 + 1 / BARS) or 1
-    good = np.histogram(scores[~labels], BARS, (0, top))[0]
-    bad = np.histogram(scores[labels], BARS, (0, top))[0]
-    unit = (height - 2 * MARGIN) / max(1, (good + bad).max())  # pixels for an image
-    step = (width - 2 * MARGIN) / BARS                         # pixels for a bar
-    floor = height - MARGIN
+    end = np.nanmax([*scores, threshold]) * (1 + 1 / BARS) or 1
+    good = np.histogram(scores[~labels], BARS, (0, end))[0]
+    bad = np.histogram(scores[labels], BARS, (0, end))[0]
+    unit = (HEIGHT - 2 * MARGIN) / (good + bad).max()  # pixels for an image
+    step = (WIDTH - 2 * MARGIN) / BARS                 # pixels for a bar
+    floor = HEIGHT - MARGIN
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
     for bar in range(BARS):
-        left = MARGIN + bar * step
-        middle = floor - good[bar] * unit
-        draw.rectangle([left, middle, left + step - 1, floor], fill="steelblue")
-        if bad[bar]:
-            top_left = (left, middle - bad[bar] * unit)
-            draw.rectangle([*top_left, left + step - 1, middle], fill="firebrick")
-    draw.text((MARGIN, floor + 2), f"image score, 0 to {top:.2f}", fill="black")
-    draw.text((MARGIN, 2), "good images (blue), defective (red), threshold (line)", fill="black")
+        x = MARGIN + bar * step
+        for count, low, colour in (good, 0 * good, "steelblue"), (bad, good, "firebrick"):
+            bottom = floor - low[bar] * unit
+            if count[bar]:
+                draw.rectangle([x, bottom - count[bar] * unit, x + step - 1, bottom], fill=colour)
     if not math.isnan(threshold):
-        x = MARGIN + (width - 2 * MARGIN) * threshold / top
+        x = MARGIN + (WIDTH - 2 * MARGIN) * threshold / end
         draw.line([x, MARGIN, x, floor], fill="black", width=2)
+    draw.text((MARGIN, floor + 2), f"image score, 0 to {end:.2f}", fill="black")
+    draw.text((MARGIN, 2), "good images (blue), defective (red), threshold (line)", fill="black")
     picture.save(path)
 
 
-def write_overview(path, columns, titles, scale, threshold):
-    """Columns of pictures with a title above each, and the colour scale under them."""
-    rows = len(columns[0])
-    size = (len(columns) * (CELL + GAP), rows * (CELL + GAP) + TITLE + MARGIN)
+def write_overview(path, paths, maps, titles, truths, scale, threshold):
+    """A column for each image: title, image, mask (if there are truths), map, overlay; the scale."""
+    columns = [heat_pictures(*one, scale) for one in zip(paths, maps)]
+    for column, truth in zip(columns, truths):
+        mask = Image.fromarray(truth.numpy()).convert("RGB")
+        column.insert(1, mask.resize(column[0].size))
+    size = (len(columns) * (CELL + GAP), len(columns[0]) * (CELL + GAP) + TITLE + MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for x, (column, title) in enumerate(zip(columns, titles)):
@@ -209,32 +215,17 @@ def write_csv(path, header, rows):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def overview_columns(samples, maps, scores, scale, size):
-    """Pictures and titles of the first images of each type, the good ones first."""
-    columns, titles, shown = [], [], []
-    for (path, kind, mask), anomaly_map, score in zip(samples, maps, scores):
-        if shown.count(kind) < PER_TYPE:
-            shown.append(kind)
-            image, *heated = heat_pictures(path, anomaly_map, scale)
-            truth = read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool)
-            truth = Image.fromarray(truth.numpy()).convert("RGB").resize(image.size)
-            place = shown.count("good") - 1 if kind == "good" else len(columns)
-            columns.insert(place, [image, truth, *heated])
-            titles.insert(place, f"{kind} {score:.2f}")
-    return columns, titles
-
-
-def evaluate_category(name, args, device, rows):
-    """Score DATA/NAME/test, write tables and pictures; appends the row for results.csv."""
+def evaluate_category(name, args, device):
+    """Score DATA/NAME/test; write tables and pictures to OUT/NAME/SCORE."""
     samples = list_test(args.data / name)
     model, memory, threshold = prepare(name, args, device)
-    size = model.config.image_size
-    paths = [path for path, _, _ in samples]
-    labels = [kind != "good" for _, kind, _ in samples]
-    maps, seconds = score_images(paths, model, memory, args)
+    config = model.config
+    paths, kinds, masks = zip(*samples)
+    labels = [kind != "good" for kind in kinds]
+    maps, seconds = score_images(paths, model, memory)
     scores = patchae.image_score(maps).tolist()
     image = auroc(labels, scores)
-    pixel = pixel_auroc(samples, maps, size)
+    pixel = pixel_auroc(samples, maps, config.image_size)
     if math.isnan(image):
         absent = "good" if all(labels) else "defective"
         print(f"image AUROC: undefined (test/ has no {absent} images)")
@@ -243,76 +234,70 @@ def evaluate_category(name, args, device, rows):
         print(f"{name}: above the threshold {above.count(False)} of {labels.count(False)} good and "
               f"{above.count(True)} of {labels.count(True)} defective images")
     scale = colour_scale(threshold, maps)
+    first = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < PER_TYPE]
+    shown = sorted(first, key=lambda n: labels[n])  # the good ones first
     with patchae.whole(args.out / name / args.score) as folder:
         folder.mkdir()
+        write_csv(folder / "result.csv", RESULT, [
+            [name, args.score, image, pixel, seconds, config.seed, config.backbone,
+             Path(config.weights).name]])
         write_csv(folder / "scores.csv", ["path", "label", "score"],
-                  [(path.relative_to(args.data), kind, score)
-                   for (path, kind, _), score in zip(samples, scores)])
+                  zip([path.relative_to(args.data) for path in paths], kinds, scores))
         write_heatmaps(folder / "heatmaps", args.data / name / "test", paths, maps, scale)
         write_histogram(folder / "histogram.png", scores, labels, threshold)
-        write_overview(folder / "overview.png",
-                       *overview_columns(samples, maps, scores, scale, size), scale, threshold)
-    config = model.config
-    rows.append([name, args.score, image, pixel, seconds, config.seed, config.backbone,
-                 Path(config.weights).name])
+        write_overview(folder / "overview.png", [paths[n] for n in shown], maps[shown],
+                       [f"{kinds[n]} {scores[n]:.2f}" for n in shown],
+                       [read_truth(masks[n], paths[n], config.image_size) for n in shown],
+                       scale, threshold)
 
 
 def predict_category(name, args, device):
     """Score the images of --predict; write predictions.csv, overview.png and heatmaps."""
     paths = [args.predict] if args.predict.is_file() else list_images(args.predict)
-    model, memory, threshold = prepare(name, args, device)
-    maps, _ = score_images(paths, model, memory, args)
-    scores = patchae.image_score(maps).tolist()
-    rows = []
-    for path, score, anomaly_map in sorted(zip(paths, scores, maps), key=lambda row: -row[1]):
-        verdict = "" if math.isnan(threshold) else score > threshold
-        rows.append((path, score, verdict, anomaly_map))
-    scale = colour_scale(threshold, maps)
     root = args.predict.parent if args.predict.is_file() else args.predict
+    model, memory, threshold = prepare(name, args, device)
+    maps, _ = score_images(paths, model, memory)
+    scores = patchae.image_score(maps)
+    order = scores.argsort(descending=True, stable=True).tolist()
+    shown = order[:RANKED]
+    scores = scores.tolist()
+    verdicts = ["" if math.isnan(threshold) else score > threshold for score in scores]
+    scale = colour_scale(threshold, maps)
     with patchae.whole(args.out / name / "predictions") as folder:
         folder.mkdir()
         write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
-                  [row[:3] for row in rows])
+                  [(paths[n], scores[n], verdicts[n]) for n in order])
         write_heatmaps(folder / "heatmaps", root, paths, maps, scale)
-        columns = [heat_pictures(row[0], row[3], scale) for row in rows[:RANKED]]
-        titles = [f"{path.name[-NAME_END:]} {score:.2f}" for path, score, _, _ in rows[:RANKED]]
-        write_overview(folder / "overview.png", columns, titles, scale, threshold)
-    for path, score, verdict, _ in rows[:RANKED]:
-        word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
-        print(f"{score:10.4f}  {word:9}  {path}")
-    print(f"{name}: {len(rows)} images, {sum(row[2] is True for row in rows)} anomalous; "
+        write_overview(folder / "overview.png", [paths[n] for n in shown], maps[shown],
+                       [f"{paths[n].name[-NAME_END:]} {scores[n]:.2f}" for n in shown], [],
+                       scale, threshold)
+    for n in shown:
+        word = {True: "anomalous", False: "normal", "": "undecided"}[verdicts[n]]
+        print(f"{scores[n]:10.4f}  {word:9}  {paths[n]}")
+    print(f"{name}: {len(paths)} images, {verdicts.count(True)} anomalous; "
           f"wrote {args.out / name / 'predictions'}")
 
 
-def update_results(path, rows):
-    """Replace the rows of the same category and score in results.csv; end with the mean per score.
+def gather_results(out, kind):
+    """Write OUT/results.csv: every OUT/NAME/SCORE/result.csv and a mean for each score; print one.
 
-    A metric that is undefined is nan, and no part of the mean. Returns the rows of means.
+    A metric that is undefined is nan, and no part of the mean.
     """
-    kept = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            header, *kept = [*csv.reader(file)] or [[]]
-        if header != RESULTS or any(len(row) != len(RESULTS) for row in kept):
-            raise UserError(f"{path}: not a table of evaluate.py; move it away")
-    new = {(row[0], row[1]) for row in rows}
-    table = [row for row in kept if row[5] and (row[0], row[1]) not in new] + rows
-    means = []
-    for kind in dict.fromkeys(row[1] for row in table):
-        numbers = np.array([row[2:5] for row in table if row[1] == kind], dtype=float)
-        known = [column[~np.isnan(column)] for column in numbers.T]
-        means.append(["mean", kind, *(c.mean() if len(c) else math.nan for c in known), "", "", ""])
-    with patchae.whole(path) as unfinished:
-        write_csv(unfinished, RESULTS, table + means)
-    return means
-
-
-def print_table(rows):
-    """Category, score kind, metrics in per cent and time, a line each."""
+    table = []
+    for path in sorted(out.glob("*/*/result.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            table += list(csv.reader(file))[1:]
+    for score in SCORES:
+        rows = [row[2:5] for row in table if row[1] == score and row[5]]
+        if rows:
+            numbers = np.ma.masked_invalid(np.array(rows, dtype=float))
+            table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", ""])
+    with patchae.whole(out / "results.csv") as unfinished:
+        write_csv(unfinished, RESULT, table)
     print(f"\n{'category':16} {'score':14} {'image AUROC':>12} {'pixel AUROC':>12} {'s/image':>8}")
-    for name, kind, image, pixel, seconds, *_ in rows:
-        shown = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in (image, pixel)]
-        print(f"{name:16} {kind:14} {shown[0]:>12} {shown[1]:>12} {seconds:8.3f}")
+    for name, score, *metrics, seconds in [row[:5] for row in table if row[1] == kind]:
+        shown = [f"{float(value):.1%}".replace("nan%", "undefined") for value in metrics]
+        print(f"{name:16} {score:14} {shown[0]:>12} {shown[1]:>12} {float(seconds):8.3f}")
 
 
 def run(argv):
@@ -322,14 +307,11 @@ def run(argv):
     if args.demo:
         make_toy.draw_if_absent(args.data)
     names = choose_categories(args.data, args.category)
-    if args.predict:
-        return max(patchae.exit_code(predict_category, name, args, device) for name in names)
-    rows = []
-    code = max(patchae.exit_code(evaluate_category, name, args, device, rows) for name in names)
-    if rows:
-        means = update_results(args.out / "results.csv", rows)
-        print_table(rows + [mean for mean in means if mean[1] == args.score])
-    return code
+    work = predict_category if args.predict else evaluate_category
+    codes = [patchae.exit_code(work, name, args, device) for name in names]
+    if not args.predict and 0 in codes:
+        gather_results(args.out, args.score)
+    return max(codes)
 
 
 def main(argv=None):

@@ -30,6 +30,7 @@ import math
 import random
 import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -39,11 +40,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.v2.functional import normalize
 
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
-# paper: defects are added and must be rebuilt. Our choice, all of it: these four kinds and numbers,
-# wide enough for faint to glaring, since the test defects are unknown.
+# paper: defects are added and rebuilt. Our choice: which; faint to glaring, since none is known.
 MOST_DEFECTS = 6              # per image: 1 to 6, so that every image trains on some defect
 BOX_SIDE = (1 / 24, 1 / 4)    # of the image side: from about one patch to a large stain
 BLOB_CELLS = 4                # noise cells that bend a blob's rim: few, so that lobes stay smooth
@@ -76,12 +75,12 @@ def altered_paste(other, h, w):
 
 def scratch(other, h, w):
     """A thin curve of one colour: dots along a quadratic Bézier curve, thickened (our choice)."""
-    t = torch.linspace(0, 1, 2 * (h + w))                  # dense enough to leave no gap
-    start, bend, end = torch.rand(3, 2, 1)
+    t = torch.linspace(0, 1, 2 * (h + w))      # dense enough to leave no gap
+    start, bend, end = torch.rand(3, 2, 1)     # each (y, x) in parts of the box
     y, x = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end
     alpha = torch.zeros(1, h, w)
     alpha[0, (y * (h - 1)).round().long(), (x * (w - 1)).round().long()] = 1
-    width = random.choice((1, 3))                          # pixels, before it is softened
+    width = random.choice((1, 3))              # pixels, before it is softened
     alpha = F.max_pool2d(alpha, width, stride=1, padding=width // 2)      # (1, h, w)
     alpha = F.avg_pool2d(alpha, SOFTEN, stride=1, padding=SOFTEN // 2)    # (1, h, w)
     return torch.rand(3, 1, 1), alpha * random.uniform(*OPACITY)
@@ -106,8 +105,8 @@ DEFECT_KINDS = (altered_paste, scratch, stain, noise_blob)
 def add_defects(image, other):
     """⊗: draw 1 to MOST_DEFECTS artificial defects, I ← (1 − α) I + α paint, each in a random box.
 
-    image, other: (3, H, W) normal images in [0, 1]; `other` is what altered_paste takes from.
-    Returns the defected image (3, H, W) in [0, 1] and its mask (1, H, W), True where α > 0.
+    image, other: (3, H, W) normal images in [0, 1]; altered_paste takes from `other`. Returns the
+    defected image (3, H, W) in [0, 1] and its mask (1, H, W), True where α > 0.
     """
     image = image.clone()
     height, width = image.shape[1:]
@@ -147,8 +146,7 @@ class Config:
     image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
     patch_size: int = option(8, (4, 8, 16, 32), "pixels (our choice: the stride of stage 2)")
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
-    channels: int = option(0, range(8193), "C₃ of a random start; 0: C₃ = C, starting as the "
-                           "identity (our choice: training begins at R = Φ)")
+    channels: int = option(0, range(8193), "C₃; 0: C, and R = Φ at first (our choice: no loss)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
     defect_share: float = option(0.5, None, "of a step's patches (our choice: else they are rare)")
     steps: int = option(800, range(10**6), "of the optimiser (our choice: the loss is flat then)")
@@ -178,20 +176,20 @@ class Config:
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the images that the weights were made with
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # (3, 1, 1), of the images that
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]   # the weights were made with
 TINY = 1e-12  # squared length: keeps a vector of zeros from being divided by zero
 
 
 def normalise(image):
     """Subtract ImageNet's mean colour and divide by its deviation. (B, 3, H, W) in [0, 1]."""
-    return normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+    return (image - IMAGENET_MEAN.to(image)) / IMAGENET_STD.to(image)
 
 
 def make_backbone(name, layers):
     """A torchvision ResNet, cut after the last stage in use: (B, 3, H, W) to {stage: map ≥ 0}.
 
-    Our choice: its convolutions see the image mirrored at the border, in place of zeros. To zeros
+    Our choice: its convolutions see the image mirrored at the border. To zeros, torchvision's way,
     they answer with an edge that no part has and that varies with it: normal borders stand out.
     """
     resnet = torchvision.models.get_model(name, weights=None)
@@ -220,16 +218,15 @@ def average_neighbours(features, k):
     the sum of n independent values has a deviation ∝ √n: divided by k √n it is alike everywhere.
     """
     mean = F.avg_pool2d(features, k, stride=1, padding=k // 2)            # (B, C, h, w): sum / k²
-    one = torch.ones_like(features[:1, :1])                               # (1, 1, h, w)
-    there = F.avg_pool2d(one, k, stride=1, padding=k // 2)                # (1, 1, h, w): n / k²
+    ones = torch.ones_like(features[:1, :1])                              # (1, 1, h, w)
+    there = F.avg_pool2d(ones, k, stride=1, padding=k // 2)               # (1, 1, h, w): n / k²
     return mean / there.sqrt()                                            # (B, C, h, w)
 
 
 def concatenate_scales(maps, grid, neighbourhood):
     """⊕: Φ, every map averaged over its neighbours, brought to grid × grid patches, concatenated.
 
-    paper: several scales at one size, concatenated. Our choice: a finer map is averaged within each
-    patch, so that nothing of it is skipped; a coarser one is interpolated bilinearly.
+    paper: scales at one size, concatenated. Our choice: how; of a finer map nothing is skipped.
     """
     joined = []
     for m in maps:
@@ -247,16 +244,15 @@ def patchify(image, p):
 def unpatchify(patches, p):
     """The inverse of patchify, clipped to [0, 1]: (B, 3p², H', W') to (B, 3, H'p, W'p)."""
     image = F.pixel_shuffle(patches, p)                                   # (B, 3, H'p, W'p)
-    mean = [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD)]
-    return normalize(image, mean, [1 / s for s in IMAGENET_STD]).clamp(0, 1)
+    return (image * IMAGENET_STD.to(image) + IMAGENET_MEAN.to(image)).clamp(0, 1)
 
 
 # ---- the equations ------------------------------------------------------------------------------
 def represent(features, encoder):
     """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂), Φ being ⊕ of I's backbone maps.
 
-    paper. features: (B, C, H', W'); encoder: the two blocks of 1×1 convolution and ReLU. A 1×1
-    convolution is one linear layer, applied at every place on its own.
+    paper. features: (B, C, H', W'). A 1×1 convolution is one linear layer, applied at every place
+    on its own.
     """
     return encoder(features)                                              # (B, C₃, H', W')
 
@@ -329,6 +325,11 @@ class PatchAE(nn.Module):
             maps = [temper_contrast(m) for m in self.backbone(image).values()]
             return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
+    @property
+    def device(self):
+        """Where its weights are."""
+        return self.decoder[0].weight.device
+
     def forward(self, image):
         """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
         r = represent(self.features(image), self.encoder)
@@ -337,10 +338,7 @@ class PatchAE(nn.Module):
 
 @torch.no_grad()
 def calibrate_batch_norm(backbone, batches):
-    """Set the statistics of random weights from normal images: without it they are of no use.
-
-    batches: an iterable of (B, 3, H, W) in [0, 1]. Our choice: needed for runs without a download.
-    """
+    """Set the statistics of random weights, useless without it, from batches (B, 3, H, W)."""
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train().momentum = None  # the plain average over all batches
@@ -353,8 +351,7 @@ def calibrate_batch_norm(backbone, batches):
 def draw_patches(defective, count, share):
     """Indices (count,) of random patches, `share` of them among those that show a defect.
 
-    defective: (B · P,) bool. Our choice: few patches show a defect, and those are the hard ones. As
-    each patch is rebuilt from its own vector, any patches of any images make a batch.
+    defective: (B · P,) bool. Our choice: few patches show a defect, and those are the hard ones.
     """
     there = defective.nonzero()[:, 0]
     wanted = round(count * share) if len(there) else 0
@@ -367,9 +364,9 @@ def training_loss(model, features, image, drawn):
     """The loss (E3) over the drawn patches; `image`, with its defects, is input and target (paper).
 
     features: Φ of the image (B, C, H', W'); image: (B, 3, H, W) in [0, 1]; drawn: indices (count,)
-    of patches, counted through all images of the batch.
+    among all B · P patches: each is rebuilt from its own vector, so any of them make a batch.
     """
-    patches = patchify(image, model.config.patch_size)         # (B, 3p², H', W')
+    patches = patchify(image, model.config.patch_size)                    # (B, 3p², H', W')
     patches = patches.transpose(0, 1).flatten(1)[None, :, drawn, None]    # (1, 3p², count, 1)
     features = features.transpose(0, 1).flatten(1)[None, :, drawn, None]  # (1, C, count, 1)
     r = represent(features, model.encoder)                                # (1, C₃, count, 1)
@@ -379,9 +376,8 @@ def training_loss(model, features, image, drawn):
 def rebuilt_share(rebuilt, defected, normal, mask):
     """What of the artificial defects is missing in the rebuilt image: 0 nothing, 1 as much as all.
 
-    Squared error inside the mask (B, 1, H, W) against the defected image, divided by that of the
-    normal image, which has no defect at all; images: (B, 3, H, W). Our choice: the thesis, that
-    anomalies are rebuilt, as a number.
+    Squared error inside the mask (B, 1, H, W), divided by that of the normal image, which has no
+    defect; images: (B, 3, H, W). Our choice: the thesis, that anomalies are rebuilt, as a number.
     """
     missing = ((rebuilt - defected).square() * mask).sum()
     everything = ((normal - defected).square() * mask).sum()
@@ -389,22 +385,14 @@ def rebuilt_share(rebuilt, defected, normal, mask):
 
 
 # ---- scoring ------------------------------------------------------------------------------------
-SCORES = ("feature", "backbone", "reconstruction")  # distance in R, in Φ; error of the decoder
-
-
-def patch_vectors(model, image, kind="feature"):
-    """What is compared with the memory: of an image (B, 3, H, W) in [0, 1] its R as (B, P, C₃).
-
-    For kind "backbone" Φ itself, (B, P, C): what training must beat.
-    """
-    vectors = model.features(image)                                       # (B, C, H', W')
-    if kind == "feature":
-        vectors = represent(vectors, model.encoder)                       # (B, C₃, H', W')
-    return vectors.flatten(2).transpose(1, 2).contiguous()                # (B, P, C₃)
+def patch_vectors(model, image):
+    """What is compared: R of an image (B, 3, H, W) in [0, 1], one vector a patch: (B, P, C₃)."""
+    r = represent(model.features(image), model.encoder)                   # (B, C₃, H', W')
+    return r.flatten(2).transpose(1, 2).contiguous()                      # (B, P, C₃)
 
 
 @torch.inference_mode()
-def build_memory(model, batches, kind="feature"):
+def build_memory(model, batches):
     """M: of each normal image its vectors, a list of N tensors (n, C₃), n = ⌈memory_fraction · P⌉.
 
     batches: an iterable of (B, 3, H, W) in [0, 1]. A fraction below 1 is drawn by config.seed.
@@ -412,7 +400,7 @@ def build_memory(model, batches, kind="feature"):
     rng = torch.Generator().manual_seed(model.config.seed)
     memory = []
     for image in batches:
-        for vectors in patch_vectors(model, image, kind):                 # (P, C₃)
+        for vectors in patch_vectors(model, image):                       # (P, C₃)
             P = len(vectors)
             n = max(1, math.ceil(P * model.config.memory_fraction))
             kept = torch.randperm(P, generator=rng)[:n].to(vectors.device)
@@ -421,18 +409,21 @@ def build_memory(model, batches, kind="feature"):
 
 
 @torch.inference_mode()
-def score_maps(model, image, memory, kind="feature"):
+def score_maps(model, image, memory):
     """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E4) for every patch.
 
-    A normal image i is scored against `memory[:i] + memory[i + 1:]`, as if it were new. For kind
-    "reconstruction" (E3) patch by patch, the score of a classical auto-encoder; needs no memory.
+    A normal image i is scored against `memory[:i] + memory[i + 1:]`, as if it were new.
     """
-    if kind == "reconstruction":
-        patches = patchify(image, model.config.patch_size)     # (B, 3p², H', W')
-        return (model(image)[1] - patches).square().mean(dim=1)           # (B, H', W')
-    vectors = patch_vectors(model, image, kind)                           # (B, P, C₃)
+    vectors = patch_vectors(model, image)                                 # (B, P, C₃)
     nearest = nearest_distance(vectors.flatten(0, 1), memory)             # (B · P,)
     return nearest.unflatten(0, (len(image), model.grid, model.grid))     # (B, H', W')
+
+
+@torch.inference_mode()
+def reconstruction_error(model, image):
+    """Maps (B, H', W') of (E3) patch by patch: what a classical auto-encoder scores by."""
+    patches = patchify(image, model.config.patch_size)                    # (B, 3p², H', W')
+    return (model(image)[1] - patches).square().mean(dim=1)               # (B, H', W')
 
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
@@ -464,12 +455,11 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name):
     """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
-    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    there = [kind for kind, backend in accelerators.items() if backend.is_available()] + ["cpu"]
+    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [kind for kind in known if known[kind]] + ["cpu"]
     name = there[0] if name == "auto" else name
     if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
-    torch.set_float32_matmul_precision("highest")  # TF32 would blur the distances of (E4)
     print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
     return torch.device(name)
 
@@ -480,27 +470,22 @@ def whole(path):
 
     After an error or Ctrl-C `path` is as it was before. What cannot be written is a UserError.
     """
-    unfinished = path.with_name(f".part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        yield unfinished
-        shutil.rmtree(path, ignore_errors=True)  # of a folder; a file is replaced by the next line
-        unfinished.replace(path)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            yield unfinished
+            shutil.rmtree(path, ignore_errors=True)  # of a folder; a file is replaced
+            unfinished.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); choose another --out") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if unfinished.is_file():
-            unfinished.unlink()
 
 
-def load_weights(backbone, config):
-    """Fill the backbone by config.weights, download or file. UserError where they do not fit."""
-    source = config.weights
+def load_weights(backbone, name, source):
+    """Fill the backbone by the download ("imagenet") or a file. UserError where it does not fit."""
     try:
         if source == "imagenet":
-            published = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
+            published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             source = published.url
             state = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
         else:
@@ -509,16 +494,9 @@ def load_weights(backbone, config):
         if missing:
             raise LookupError(f"{missing[0]} is missing")
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(
-            f"--weights {source}: does not serve --backbone {config.backbone} ({reason(error)}); "
-            f"give a state-dict file, put the download into {folder}, or try random") from error
-
-
-def reason(error):
-    """What went wrong, in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
+        raise UserError(f"--weights {source}: does not serve --backbone {name} ({error!s:.99}); "
+                        f"give a state-dict file, put the download into {torch.hub.get_dir()}"
+                        "/checkpoints, or try random") from error
 
 
 def build_model(config):
@@ -527,7 +505,7 @@ def build_model(config):
     torch.manual_seed(config.seed)
     model = PatchAE(config)
     if config.weights != "random":
-        load_weights(model.backbone, config)
+        load_weights(model.backbone, config.backbone, config.weights)
     print(f"backbone: {config.backbone}, weights: {config.weights}")
     return model
 
@@ -546,9 +524,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = PatchAE(Config(**content["config"]))
         model.load_state_dict(content["model"])
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-            raise ValueError("weights that are not finite")
         return model, content["images"].byte(), content["normal_scores"].float()
     except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
-        raise UserError(f"{path}: no checkpoint of this version ({reason(error)}); make it with "
+        raise UserError(f"{path}: no checkpoint of this version ({error!s:.99}); make it with "
                         "train.py") from error

@@ -4,7 +4,7 @@
     python train.py --data ROOT --category NAME [NAME ...]
 
 Reads ROOT/NAME/train/good; writes OUT/NAME/checkpoint.pt, train.csv and defects.png, in place of
-whatever results an earlier training and its evaluations left in OUT/NAME.
+whatever an earlier training and its evaluations left in OUT/NAME.
 """
 import argparse
 import csv
@@ -52,8 +52,7 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.layers = tuple(sorted(set(args.layers)))
-    options = {one.name: getattr(args, one.name) for one in dataclasses.fields(Config)}
-    return args, Config(**options)
+    return args, Config(**{one.name: getattr(args, one.name) for one in dataclasses.fields(Config)})
 
 
 def defected_batch(images, chosen, defects=True):
@@ -61,93 +60,86 @@ def defected_batch(images, chosen, defects=True):
 
     Returns (B, 3, H, W) in [0, 1] and (B, 1, H, W) bool. A paste is taken from another image.
     """
-    batch = []
-    for i in chosen:
-        image = images[i] / 255
-        mask = torch.zeros_like(image[:1], dtype=torch.bool)
-        if defects:
-            other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
-            image, mask = patchae.add_defects(image, images[other] / 255)
-        batch.append((image, mask))
-    defected, masks = zip(*batch)
-    return torch.stack(defected), torch.stack(masks)
+    defected = images[chosen] / 255
+    masks = torch.zeros_like(defected[:, :1], dtype=torch.bool)
+    for n, i in enumerate(chosen) if defects else ():
+        other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
+        defected[n], masks[n] = patchae.add_defects(images[i] / 255, images[other] / 255)
+    return defected, masks
 
 
 @torch.no_grad()
 def rebuild_images(model, images):
     """What the decoder makes of R of (N, 3, H, W) in [0, 1]: likewise (N, 3, H, W), on the CPU."""
-    device = next(model.parameters()).device
-    rebuilt = [model(batch.to(device))[1].cpu() for batch in images.split(model.config.batch_size)]
+    parts = images.split(model.config.batch_size)
+    rebuilt = [model(part.to(model.device))[1].cpu() for part in parts]
     return patchae.unpatchify(torch.cat(rebuilt), model.config.patch_size)
 
 
 def fit(model, images, held_out, name):
     """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns rows as LOG says."""
     config = model.config
-    device = next(model.parameters()).device
     groups = [{"params": model.decoder.parameters(), "lr": config.lr},
               {"params": model.encoder.parameters(), "lr": config.encoder_lr}]
     if config.finetune_backbone:
         groups.append({"params": model.backbone.parameters(), "lr": config.backbone_lr})
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
-    log = []
-    total = torch.zeros((), device=device)  # read only for a report, so that a GPU need not wait
+    losses, log = [], []
     begin = time.monotonic()
     for step in range(config.steps):
         if step % config.draws == 0:
             chosen = random.sample(range(len(images)), min(config.batch_size, len(images)))
             image, mask = defected_batch(images, chosen, config.defects)
             defective = F.max_pool2d(mask.float(), config.patch_size).flatten() > 0  # (B · P,)
-            image = image.to(device)
+            image = image.to(model.device)
         if step % config.draws == 0 or config.finetune_backbone:
             features = model.features(image)
         drawn = patchae.draw_patches(defective, config.patches, config.defect_share)
-        loss = patchae.training_loss(model, features, image, drawn.to(device))
+        loss = patchae.training_loss(model, features, image, drawn.to(model.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        total += loss.detach()
-        steps = step + 1 - (log[-1][0] if log else 0)  # since the last report
-        if steps == math.ceil(config.steps / REPORTS) or step + 1 == config.steps:
-            speed = steps / (time.monotonic() - begin)
-            log.append(report(model, held_out, name, step + 1, total.item() / steps, speed))
-            total.zero_()
-            begin = time.monotonic()
+        losses.append(loss.detach())  # read only for a report, so that a GPU need not wait
+        if len(losses) == math.ceil(config.steps / REPORTS) or step + 1 == config.steps:
+            speed = (step + 1) / (time.monotonic() - begin)
+            log.append(report(model, held_out, name, step + 1, torch.stack(losses), speed))
+            losses.clear()
     return log
 
 
-def report(model, held_out, name, step, loss, speed):
-    """Print how far training is; returns the row of the log. UserError where the loss diverged."""
-    if not loss < DIVERGED:  # true of NaN, too
+def report(model, held_out, name, step, losses, speed):
+    """Print how far training is; returns a row of the log. UserError where it diverged."""
+    loss = losses.mean().item()
+    normal, defected, masks = held_out
+    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
+    if not loss < DIVERGED or math.isnan(rebuilt):  # not: true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
-    normal, defected, masks = held_out
-    share = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
     left = (model.config.steps - step) / speed
-    print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {share:.3f}  "
+    print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {rebuilt:.3f}  "
           f"{left:.0f} s left", flush=True)
-    return [step, loss, share, speed]
+    return [step, loss, rebuilt, speed]
 
 
 def normal_scores(model, images):
-    """The scores (E5) of normal images, each against the memory of all the others.
+    """The scores (E5) (n,) of normal images, each against the memory of all the others.
 
-    images: (N, 3, H, W) uint8. Returns (n,), n at most config.threshold_images, spread evenly:
-    the threshold is one of their quantiles.
+    images: (N, 3, H, W) uint8; n is at most config.threshold_images, spread evenly, and 0 where
+    there is no other. The threshold is one of their quantiles.
     """
     count = min(model.config.threshold_images, len(images)) if len(images) > 1 else 0
-    if not count:
-        return torch.empty(0)
-    device = next(model.parameters()).device
-    memory = patchae.build_memory(model, batches(images, model.config.batch_size, device, "memory"))
     chosen = [k * len(images) // count for k in range(count)]
-    scores = []
-    for i, image in zip(chosen, batches(images[chosen], 1, device, "threshold")):
-        anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
-        scores.append(patchae.image_score(anomaly_map).item())
-    return torch.tensor(scores)
+    scores = torch.empty(count)
+    if count:
+        known = batches(images, model.config.batch_size, model.device, "memory")
+        memory = patchae.build_memory(model, known)
+        one_by_one = batches(images[chosen], 1, model.device, "threshold")
+        for k, (i, image) in enumerate(zip(chosen, one_by_one)):
+            anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
+            scores[k] = patchae.image_score(anomaly_map)
+    return scores
 
 
 def write_preview(path, held_out, rebuilt):
@@ -158,17 +150,14 @@ def write_preview(path, held_out, rebuilt):
     save_image(cells.flatten(0, 1), path, nrow=len(columns), format="png")
 
 
-def is_finished(path, config):
-    """Whether a checkpoint made with this very config is there."""
-    return path.exists() and patchae.load_checkpoint(path)[0].config == config
-
-
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
-    if args.skip_finished and is_finished(folder / "checkpoint.pt", config):
-        print(f"{name}: {folder / 'checkpoint.pt'} has this configuration, left as it is")
-        return
+    checkpoint = folder / "checkpoint.pt"
+    if args.skip_finished and checkpoint.exists():
+        if patchae.load_checkpoint(checkpoint)[0].config == config:
+            print(f"{name}: {checkpoint} has this configuration, left as it is")
+            return
     if folder.exists() and not (folder / "train.csv").exists():
         raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
                         "replaced; choose another --out")
@@ -187,7 +176,7 @@ def train_category(name, args, config, device):
             csv.writer(file).writerows([LOG, *log])
         scores = normal_scores(model, images)
         patchae.save_checkpoint(unfinished / "checkpoint.pt", model, images, scores)
-    print(f"{name}: wrote {folder / 'checkpoint.pt'}")
+    print(f"{name}: wrote {checkpoint}")
 
 
 def run(argv):

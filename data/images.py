@@ -1,7 +1,4 @@
-"""A folder as tensors: categories, image files, upright RGB images, batches, test sets, masks.
-
-    ROOT/NAME/train/good, ROOT/NAME/test/TYPE, ROOT/NAME/ground_truth/TYPE: see data/README.md
-"""
+"""A folder as tensors: categories, image files, upright RGB images, batches, test sets, masks."""
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,12 +66,12 @@ def read_image(path):
 def read_images(paths, size):
     """(N, 3, size, size) uint8, each image resized whole, without a crop. UserError."""
     def read(path):
-        """One (3, size, size) uint8."""
-        image = read_image(path).resize((size, size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)         # (3, size, size)
+        """One image, (size, size, 3)."""
+        return np.array(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(read, paths)))                   # (N, 3, size, size)
+        images = np.stack(list(pool.map(read, paths)))                    # (N, size, size, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)                   # (N, 3, size, size)
 
 
 def progress(items, what):

@@ -283,13 +283,12 @@ def test_defects_or_none():
 # ---- the memory and the scores ------------------------------------------------------------------
 @torch.no_grad()
 def test_vectors_are_in_reading_order(shared):
-    """Vector k of an image belongs to the place (k // W', k % W'): of R, or of Φ for kind "backbone"."""
+    """Vector k of an image is R at the place (k // W', k % W')."""
     image = torch.rand(2, 3, 64, 64)
-    for kind, expected in (("feature", shared(image)[0]), ("backbone", shared.features(image))):
-        vectors = patchae.patch_vectors(shared, image, kind)
-        assert vectors.shape == (2, 256, 192)
-        for k in (0, 1, 16, 100, 255):
-            torch.testing.assert_close(vectors[:, k], expected[:, :, k // 16, k % 16])
+    vectors, r = patchae.patch_vectors(shared, image), shared(image)[0]
+    assert vectors.shape == (2, 256, 192)
+    for k in (0, 1, 16, 100, 255):
+        torch.testing.assert_close(vectors[:, k], r[:, :, k // 16, k % 16])
 
 
 def test_memory_keeps_a_random_part_of_each_image(shared, monkeypatch):
@@ -313,26 +312,25 @@ def test_memory_keeps_a_random_part_of_each_image(shared, monkeypatch):
     assert first != second and min(max(first), max(second)) > 200
 
 
-@pytest.mark.parametrize("kind", ["feature", "backbone"])
-def test_maps_by_another_route(shared, kind):
+def test_maps_by_another_route(shared):
     """(E4) place by place, by scikit-learn: new images; a normal one against a memory without itself, where
     it is far from the others, and with itself, where it is at 0."""
     images = torch.rand(6, 3, 64, 64)
-    memory = patchae.build_memory(shared, images[:4].split(3), kind)
+    memory = patchae.build_memory(shared, images[:4].split(3))
     others = memory[:2] + memory[3:]
     with torch.no_grad():
-        vectors = patchae.patch_vectors(shared, images, kind)
+        vectors = patchae.patch_vectors(shared, images)
     expected = np.stack([nearest(vectors[n], known) for n, known in ((4, memory), (5, memory), (2, others))])
-    new = patchae.score_maps(shared, images[4:], memory, kind)
-    alone = patchae.score_maps(shared, images[2:3], others, kind)
+    new = patchae.score_maps(shared, images[4:], memory)
+    alone = patchae.score_maps(shared, images[2:3], others)
     np.testing.assert_allclose(torch.cat([new, alone]), expected.reshape(3, 16, 16), rtol=1e-2)
-    assert patchae.score_maps(shared, images[2:3], memory, kind).max() < .05 * alone.min()
+    assert patchae.score_maps(shared, images[2:3], memory).max() < .05 * alone.min()
 
 
-def test_reconstruction_kind_is_the_error_of_each_patch(shared):
-    """--score reconstruction: the mean squared difference of each patch, by numpy, without a memory."""
+def test_reconstruction_error_is_that_of_each_patch(shared):
+    """--score reconstruction: the mean squared difference of each patch, by numpy."""
     image = torch.rand(2, 3, 64, 64)
-    found = patchae.score_maps(shared, image, None, "reconstruction")
+    found = patchae.reconstruction_error(shared, image)
     rebuilt = F.pixel_shuffle(shared(image)[1].detach(), 4).numpy()
     error = (rebuilt - (image.numpy() - MEAN) / STD)**2
     np.testing.assert_allclose(found, error.reshape(2, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5)), rtol=1e-4)
@@ -405,7 +403,8 @@ def test_the_method_reads_from_top_to_bottom():
             defined[node.name] = node.lineno
             users += [node] if node.lineno <= end else []
         elif isinstance(node, ast.Assign):
-            defined.update({name.id: node.lineno for name in ast.walk(node) if isinstance(name, ast.Name)})
+            defined.update({name.id: node.lineno for target in node.targets for name in ast.walk(target)
+                            if isinstance(name, ast.Name)})
     assert len(users) > 20
     for user in users:
         for node in ast.walk(user):

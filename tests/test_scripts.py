@@ -277,17 +277,22 @@ def test_batches_do_not_change_scores_and_a_part_of_the_memory_does(workspace):
     assert patchae.score_maps(model, images[:3], memory).numpy() == pytest.approx(alone.numpy(), rel=1e-3)
 
 
-def test_results_csv_by_hand(tmp_path):
-    """A row for each category and kind, replaced by a newer one; a mean over each kind, without nan;
-    a category that is called mean stays a category."""
-    path, more = tmp_path / "results.csv", [0, "resnet18", "random"]
-    for row in (["a", "feature", 0.1, 0.1, 9.0], ["a", "backbone", 0.2, 0.3, 1.0],
-                ["mean", "feature", 1.0, math.nan, 2.0], ["a", "feature", 0.5, 0.9, 1.0]):
-        evaluate.update_results(path, [[*row, *more]])
-    assert sorted(",".join(row.values()) for row in rows(path)) == [
-        "a,backbone,0.2,0.3,1.0,0,resnet18,random", "a,feature,0.5,0.9,1.0,0,resnet18,random",
-        "mean,backbone,0.2,0.3,1.0,,,", "mean,feature,0.75,0.9,1.5,,,",
-        "mean,feature,1.0,nan,2.0,0,resnet18,random"]
+def test_results_csv_by_hand(tmp_path, capsys):
+    """The rows of all result.csv, a mean over each kind, without nan; a category that is called mean stays a
+    category. The rows of one kind are printed, in per cent."""
+    for row in (["a", "feature", 0.5, 0.9, 1.0], ["a", "backbone", 0.2, math.nan, 1.0],
+                ["mean", "feature", 1.0, math.nan, 2.0]):
+        folder = tmp_path / row[0] / row[1]
+        folder.mkdir(parents=True)
+        evaluate.write_csv(folder / "result.csv", evaluate.RESULT, [[*row, 0, "resnet18", "random"]])
+    evaluate.gather_results(tmp_path, "feature")
+    assert [",".join(row.values()) for row in rows(tmp_path / "results.csv")] == [
+        "a,backbone,0.2,nan,1.0,0,resnet18,random", "a,feature,0.5,0.9,1.0,0,resnet18,random",
+        "mean,feature,1.0,nan,2.0,0,resnet18,random",
+        "mean,feature,0.75,0.9,1.5,,,", "mean,backbone,0.2,nan,1.0,,,"]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["a", "feature", "50.0%", "90.0%", "1.000"], ["mean", "feature", "100.0%", "undefined", "2.000"],
+        ["mean", "feature", "75.0%", "90.0%", "1.500"]]
 
 
 def test_predictions(workspace):
