@@ -50,7 +50,7 @@ BLOB_RIM = 0.3                # level at which the blob ends inside its box
 HARD, SOFT = 0.1, 1.0         # width of a blob's rim: cut-out or fading
 GAIN = (0.6, 1.4)             # colour change of a pasted patch
 OPACITY = (0.3, 1.0)          # of scratches, stains and noise
-MAX_GRAIN = 4                 # pixels: the coarsest grain of a noise blob
+GRAIN = (2, 6)                # pixels, of a noise blob: finer noise is the sensor's, no defect
 SOFTEN = 3                    # pixels: smoothing of a scratch, about what a lens does
 
 
@@ -93,7 +93,7 @@ def stain(other, h, w):
 
 def noise_blob(other, h, w):
     """Coloured noise of random grain inside an irregular outline (our choice)."""
-    grain = random.randint(1, MAX_GRAIN)
+    grain = random.randint(*GRAIN)
     cells = torch.rand(1, 3, math.ceil(h / grain), math.ceil(w / grain))
     texture = F.interpolate(cells, (h, w), mode="bilinear")[0]            # (3, h, w)
     return texture, irregular_blob(h, w, HARD) * random.uniform(*OPACITY)

@@ -120,7 +120,7 @@ BREAKS = [
      "irregular_blob(h, w, SOFT)", "irregular_blob(h, w, HARD)",
      "stains look like cut-outs", [EQUATIONS]),
     ("noise-one-grain", "patchae.py",
-     "grain = random.randint(1, MAX_GRAIN)", "grain = 1",
+     "grain = random.randint(*GRAIN)", "grain = GRAIN[0]",
      "only the finest noise is learned", [EQUATIONS]),
     ("noise-opaque", "patchae.py",
      "return texture, irregular_blob(h, w, HARD) * random.uniform(*OPACITY)",

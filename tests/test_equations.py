@@ -244,11 +244,11 @@ def test_scratch_by_hand(monkeypatch):
 
 
 def test_noise_blob_has_every_grain():
-    """Neighbouring pixels of uniform noise differ by 1/3 on average; interpolated between cells 4 times as
-    large, by less than a quarter of that."""
+    """Neighbouring pixels of uniform noise differ by 1/3 on average. Interpolated between cells of 2 pixels they
+    differ by 0.10, of 6 pixels by 0.038: the finest and the coarsest grain."""
     textures = torch.stack([patchae.noise_blob(None, 48, 48)[0] for _ in range(60)])
     rough = textures.diff(dim=3).abs().mean(dim=(1, 2, 3))
-    assert rough.max().item() == pytest.approx(1 / 3, rel=.1) and .03 < rough.min() < 1 / 12
+    assert .09 < rough.max() < .11 and .03 < rough.min() < .042
 
 
 def test_paste_is_a_flipped_and_recoloured_part_of_the_image():
