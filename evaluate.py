@@ -40,6 +40,7 @@ RANKED = 12                 # our choice: columns of the predictions' overview.p
 NAME_END = 12               # our choice: letters of a file name that fit above a column
 CELL, GAP, TITLE = 160, 4, 24  # pixels of overview.png
 BARS = 40                   # our choice: bars of histogram.png
+BLUE, RED, WHITE = (70, 130, 180), (178, 34, 34), (255, 255, 255)
 WIDTH, HEIGHT, MARGIN = 640, 240, 24  # pixels of histogram.png
 
 
@@ -163,24 +164,19 @@ def write_histogram(path, scores, labels, threshold):
     """Bars of the scores of good (blue) and defective (red) images, with the threshold (black)."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     end = np.nanmax([*scores, threshold]) * (1 + 1 / BARS) or 1
-    good = np.histogram(scores[~labels], BARS, (0, end))[0]
-    bad = np.histogram(scores[labels], BARS, (0, end))[0]
-    unit = (HEIGHT - 2 * MARGIN) / (good + bad).max()  # pixels for an image
-    step = (WIDTH - 2 * MARGIN) / BARS                 # pixels for a bar
-    floor = HEIGHT - MARGIN
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    good = np.histogram(scores[~labels], BARS, (0, end))[0][:, None]      # (BARS, 1)
+    bad = np.histogram(scores[labels], BARS, (0, end))[0][:, None]        # (BARS, 1)
+    rows = np.arange((good + bad).max())[::-1, None, None]                # an image's height each
+    bars = np.where(rows < good, BLUE, np.where(rows < good + bad, RED, WHITE))
+    bars = Image.fromarray(bars.astype(np.uint8))                         # BARS pixels wide
+    picture = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
+    picture.paste(bars.resize((WIDTH, HEIGHT - 2 * MARGIN), Image.Resampling.NEAREST), (0, MARGIN))
     draw = ImageDraw.Draw(picture)
-    for bar in range(BARS):
-        x = MARGIN + bar * step
-        for count, low, colour in (good, 0 * good, "steelblue"), (bad, good, "firebrick"):
-            bottom = floor - low[bar] * unit
-            if count[bar]:
-                draw.rectangle([x, bottom - count[bar] * unit, x + step - 1, bottom], fill=colour)
     if not math.isnan(threshold):
-        x = MARGIN + (WIDTH - 2 * MARGIN) * threshold / end
-        draw.line([x, MARGIN, x, floor], fill="black", width=2)
-    draw.text((MARGIN, floor + 2), f"image score, 0 to {end:.2f}", fill="black")
-    draw.text((MARGIN, 2), "good images (blue), defective (red), threshold (line)", fill="black")
+        x = WIDTH * threshold / end
+        draw.line([x, MARGIN, x, HEIGHT - MARGIN], fill="black", width=2)
+    draw.text((GAP, HEIGHT - MARGIN + GAP), f"image score, 0 to {end:.2f}", fill="black")
+    draw.text((GAP, GAP), "good images (blue), defective (red), threshold (line)", fill="black")
     picture.save(path)
 
 

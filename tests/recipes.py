@@ -39,15 +39,14 @@ ABLATIONS = {
     "no patches drawn for their defects": (["--defect-share", "0"], "feature", "share-0"),
     "only patches with defects": (["--defect-share", "1"], "feature", "share-1"),
     "200 steps": (["--steps", "200"], "feature", "steps-200"),
-    "encoder learning rate 1e-4": (["--encoder-lr", "1e-4"], "feature", "encoder-1e-4"),
     "encoder learning rate 1e-3": (["--encoder-lr", "1e-3"], "feature", "encoder-1e-3"),
     "random start": (["--channels", "448"], "feature", "random"),
     "narrow: 64 channels, random start": (["--channels", "64"], "feature", "narrow"),
     "wide: 896 channels, random start": (["--channels", "896"], "feature", "wide"),
     "stages 2 and 3, trained": (["--layers", "2", "3"], "feature", "stages-23"),
     "stages 2 and 3, raw": (["--layers", "2", "3"], "backbone", "stages-23"),
-    "no neighbourhood average, raw": (["--neighbourhood", "1"], "backbone", "neighbourhood-1"),
-    "5 × 5 neighbourhood average, raw": (["--neighbourhood", "5"], "backbone", "neighbourhood-5"),
+    "no average, raw": (["--neighbourhood", "1", "--steps", "0"], "backbone", "average-1"),
+    "5 × 5 average, raw": (["--neighbourhood", "5", "--steps", "0"], "backbone", "average-5"),
     "fine-tuned backbone": (["--finetune-backbone"], "feature", "finetuned"),
 }
 HELD_OUT_PART = 5          # one image in five is held out
