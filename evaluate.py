@@ -284,7 +284,7 @@ def gather_results(out, kind):
         with open(path, newline="", encoding="utf-8") as file:
             table += list(csv.reader(file))[1:]
     for score in SCORES:
-        rows = [row[2:5] for row in table if row[1] == score and row[5]]
+        rows = [row[2:5] for row in table if row[1] == score]
         if rows:
             numbers = np.ma.masked_invalid(np.array(rows, dtype=float))
             table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", ""])

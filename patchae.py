@@ -146,7 +146,7 @@ class Config:
     image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
     patch_size: int = option(8, (4, 8, 16, 32), "pixels (our choice: the stride of stage 2)")
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
-    channels: int = option(0, range(8193), "C₃; 0: C, and R = Φ at first (our choice: no loss)")
+    channels: int = option(0, range(8193), "C₃; 0: C, starting at R = Φ (our choice: known)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
     defect_share: float = option(0.5, None, "of a step's patches (our choice: else they are rare)")
     steps: int = option(800, range(10**6), "of the optimiser (our choice: the loss is flat then)")

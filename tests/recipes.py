@@ -88,11 +88,9 @@ def rows_of(path):
 
 
 def measured(out, category, kind):
-    """[image AUROC, pixel AUROC] in out/results.csv, or None."""
-    for row in rows_of(out / "results.csv"):
-        if (row["category"], row["score"]) == (category, kind):
-            return [float(row["image_auroc"]), float(row["pixel_auroc"])]
-    return None
+    """[image AUROC, pixel AUROC] in out/category/kind/result.csv, or None."""
+    rows = rows_of(out / category / kind / "result.csv")
+    return [float(rows[0]["image_auroc"]), float(rows[0]["pixel_auroc"])] if rows else None
 
 
 def run(recipe, category, args, data, seed):
