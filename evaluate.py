@@ -181,7 +181,7 @@ def write_histogram(path, scores, labels, threshold):
 
 
 def write_overview(path, paths, maps, titles, truths, scale, threshold):
-    """A column for each image: title, image, mask (if there are truths), map, overlay; the scale."""
+    """A column for each image: title, image, mask (of truths), map, overlay; the scale."""
     columns = [heat_pictures(*one, scale) for one in zip(paths, maps)]
     for column, truth in zip(columns, truths):
         mask = Image.fromarray(truth.numpy()).convert("RGB")
