@@ -117,10 +117,10 @@ def pixel_auroc(samples, maps, size):
     if len(known) < len(samples):
         print(f"pixel AUROC: {len(samples) - len(known)} defective images have no mask and are "
               "left out")
-    if not any(mask for _, _, mask in samples):
+    truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
+    if not any(truth.any() for truth in truths):
         print("pixel AUROC: undefined (no masks under ground_truth/)")
         return math.nan
-    truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
     return auroc(torch.stack(truths).flatten(), upsample(maps[known], (size, size)).flatten())
 
 
@@ -253,10 +253,9 @@ def predict_category(name, args, device):
     root = args.predict.parent if args.predict.is_file() else args.predict
     model, memory, threshold = prepare(name, args, device)
     maps, _ = score_images(paths, model, memory)
-    scores = patchae.image_score(maps)
-    order = scores.argsort(descending=True, stable=True).tolist()
+    scores = patchae.image_score(maps).tolist()
+    order = sorted(range(len(paths)), key=lambda n: -scores[n])
     shown = order[:RANKED]
-    scores = scores.tolist()
     verdicts = ["" if math.isnan(threshold) else score > threshold for score in scores]
     scale = colour_scale(threshold, maps)
     with patchae.whole(args.out / name / "predictions") as folder:
@@ -277,8 +276,13 @@ def predict_category(name, args, device):
 def gather_results(out, kind):
     """Write OUT/results.csv: every OUT/NAME/SCORE/result.csv and a mean for each score; print one.
 
-    A metric that is undefined is nan, and no part of the mean.
+    A metric that is undefined is nan, and no part of the mean. UserError where results.csv is not
+    one that was written here.
     """
+    results = out / "results.csv"
+    if results.exists():
+        if results.read_text("utf-8", errors="replace").splitlines()[:1] != [",".join(RESULT)]:
+            raise UserError(f"{results}: not a table of evaluate.py; move it away")
     table = []
     for path in sorted(out.glob("*/*/result.csv")):
         with open(path, newline="", encoding="utf-8") as file:
@@ -288,7 +292,7 @@ def gather_results(out, kind):
         if rows:
             numbers = np.ma.masked_invalid(np.array(rows, dtype=float))
             table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", ""])
-    with patchae.whole(out / "results.csv") as unfinished:
+    with patchae.whole(results) as unfinished:
         write_csv(unfinished, RESULT, table)
     print(f"\n{'category':16} {'score':14} {'image AUROC':>12} {'pixel AUROC':>12} {'s/image':>8}")
     for name, score, *metrics, seconds in [row[:5] for row in table if row[1] == kind]:

@@ -42,7 +42,8 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
-# paper: defects are added and rebuilt. Our choice: which; faint to glaring, since none is known.
+# paper: defects are added and must be rebuilt. Our choice, all of it: these four kinds and numbers,
+# wide enough for faint to glaring, since the test defects are unknown.
 MOST_DEFECTS = 6              # per image: 1 to 6, so that every image trains on some defect
 BOX_SIDE = (1 / 24, 1 / 4)    # of the image side: from about one patch to a large stain
 BLOB_CELLS = 4                # noise cells that bend a blob's rim: few, so that lobes stay smooth
@@ -146,7 +147,8 @@ class Config:
     image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
     patch_size: int = option(8, (4, 8, 16, 32), "pixels (our choice: the stride of stage 2)")
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
-    channels: int = option(0, range(8193), "C₃; 0: C, starting at R = Φ (our choice: known)")
+    channels: int = option(0, range(8193), "C₃ of a random start; 0: C₃ = C, starting as the "
+                           "identity (our choice: training begins at R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
     defect_share: float = option(0.5, None, "of a step's patches (our choice: else they are rare)")
     steps: int = option(800, range(10**6), "of the optimiser (our choice: the loss is flat then)")
@@ -226,7 +228,8 @@ def average_neighbours(features, k):
 def concatenate_scales(maps, grid, neighbourhood):
     """⊕: Φ, every map averaged over its neighbours, brought to grid × grid patches, concatenated.
 
-    paper: scales at one size, concatenated. Our choice: how; of a finer map nothing is skipped.
+    paper: several scales at one size, concatenated. Our choice: a finer map is averaged within each
+    patch, so that nothing of it is skipped; a coarser one is interpolated bilinearly.
     """
     joined = []
     for m in maps:
@@ -251,8 +254,8 @@ def unpatchify(patches, p):
 def represent(features, encoder):
     """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂), Φ being ⊕ of I's backbone maps.
 
-    paper. features: (B, C, H', W'). A 1×1 convolution is one linear layer, applied at every place
-    on its own.
+    paper. features: (B, C, H', W'); encoder: the two blocks of 1×1 convolution and ReLU. A 1×1
+    convolution is one linear layer, applied at every place on its own.
     """
     return encoder(features)                                              # (B, C₃, H', W')
 
@@ -286,7 +289,7 @@ def nearest_distance(r, memory):
     return nearest                                                        # (Q,)
 
 
-HIGHEST = 3  # our choice: steadier than one place, and still local; 1 to 20 detect alike
+HIGHEST = 3  # our choice: steadier than one place, still local (1 to 20: held-out scores tie)
 
 
 def image_score(anomaly_map):
@@ -338,7 +341,10 @@ class PatchAE(nn.Module):
 
 @torch.no_grad()
 def calibrate_batch_norm(backbone, batches):
-    """Set the statistics of random weights, useless without it, from batches (B, 3, H, W)."""
+    """Set the statistics of random weights from normal images: without it they are of no use.
+
+    batches: an iterable of (B, 3, H, W) in [0, 1]. Our choice: needed for runs without a download.
+    """
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train().momentum = None  # the plain average over all batches
@@ -376,8 +382,9 @@ def training_loss(model, features, image, drawn):
 def rebuilt_share(rebuilt, defected, normal, mask):
     """What of the artificial defects is missing in the rebuilt image: 0 nothing, 1 as much as all.
 
-    Squared error inside the mask (B, 1, H, W), divided by that of the normal image, which has no
-    defect; images: (B, 3, H, W). Our choice: the thesis, that anomalies are rebuilt, as a number.
+    Squared error inside the mask (B, 1, H, W) against the defected image, divided by that of the
+    normal image, which has no defect at all; images: (B, 3, H, W). Our choice: the thesis, that
+    anomalies are rebuilt, as a number.
     """
     missing = ((rebuilt - defected).square() * mask).sum()
     everything = ((normal - defected).square() * mask).sum()
@@ -460,6 +467,7 @@ def choose_device(name):
     name = there[0] if name == "auto" else name
     if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
+    torch.set_float32_matmul_precision("highest")  # TF32 would blur the distances of (E4)
     print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
     return torch.device(name)
 
@@ -481,6 +489,12 @@ def whole(path):
         raise UserError(f"{path}: cannot be written ({error}); choose another --out") from error
 
 
+def reason(error):
+    """What went wrong, in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
+
+
 def load_weights(backbone, name, source):
     """Fill the backbone by the download ("imagenet") or a file. UserError where it does not fit."""
     try:
@@ -494,7 +508,7 @@ def load_weights(backbone, name, source):
         if missing:
             raise LookupError(f"{missing[0]} is missing")
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
-        raise UserError(f"--weights {source}: does not serve --backbone {name} ({error!s:.99}); "
+        raise UserError(f"--weights {source}: does not serve --backbone {name} ({reason(error)}); "
                         f"give a state-dict file, put the download into {torch.hub.get_dir()}"
                         "/checkpoints, or try random") from error
 
@@ -524,7 +538,9 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = PatchAE(Config(**content["config"]))
         model.load_state_dict(content["model"])
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
         return model, content["images"].byte(), content["normal_scores"].float()
     except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
-        raise UserError(f"{path}: no checkpoint of this version ({error!s:.99}); make it with "
+        raise UserError(f"{path}: no checkpoint of this version ({reason(error)}); make it with "
                         "train.py") from error

@@ -60,12 +60,16 @@ def defected_batch(images, chosen, defects=True):
 
     Returns (B, 3, H, W) in [0, 1] and (B, 1, H, W) bool. A paste is taken from another image.
     """
-    defected = images[chosen] / 255
-    masks = torch.zeros_like(defected[:, :1], dtype=torch.bool)
-    for n, i in enumerate(chosen) if defects else ():
-        other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
-        defected[n], masks[n] = patchae.add_defects(images[i] / 255, images[other] / 255)
-    return defected, masks
+    batch = []
+    for i in chosen:
+        image = images[i] / 255
+        mask = torch.zeros_like(image[:1], dtype=torch.bool)
+        if defects:
+            other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
+            image, mask = patchae.add_defects(image, images[other] / 255)
+        batch.append((image, mask))
+    defected, masks = zip(*batch)
+    return torch.stack(defected), torch.stack(masks)
 
 
 @torch.no_grad()
@@ -103,20 +107,21 @@ def fit(model, images, held_out, name):
         schedule.step()
         losses.append(loss.detach())  # read only for a report, so that a GPU need not wait
         if len(losses) == math.ceil(config.steps / REPORTS) or step + 1 == config.steps:
-            speed = (step + 1) / (time.monotonic() - begin)
-            log.append(report(model, held_out, name, step + 1, torch.stack(losses), speed))
+            speed = len(losses) / (time.monotonic() - begin)
+            loss = torch.stack(losses).mean().item()
+            log.append(report(model, held_out, name, step + 1, loss, speed))
             losses.clear()
+            begin = time.monotonic()
     return log
 
 
-def report(model, held_out, name, step, losses, speed):
-    """Print how far training is; returns a row of the log. UserError where it diverged."""
-    loss = losses.mean().item()
-    normal, defected, masks = held_out
-    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
-    if not loss < DIVERGED or math.isnan(rebuilt):  # not: true of NaN, too
+def report(model, held_out, name, step, loss, speed):
+    """Print how far training is; returns a row of the log. UserError where the loss diverged."""
+    if not loss < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
+    normal, defected, masks = held_out
+    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
     left = (model.config.steps - step) / speed
     print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {rebuilt:.3f}  "
           f"{left:.0f} s left", flush=True)
@@ -130,16 +135,16 @@ def normal_scores(model, images):
     there is no other. The threshold is one of their quantiles.
     """
     count = min(model.config.threshold_images, len(images)) if len(images) > 1 else 0
+    if not count:
+        return torch.empty(0)
+    known = batches(images, model.config.batch_size, model.device, "memory")
+    memory = patchae.build_memory(model, known)
     chosen = [k * len(images) // count for k in range(count)]
-    scores = torch.empty(count)
-    if count:
-        known = batches(images, model.config.batch_size, model.device, "memory")
-        memory = patchae.build_memory(model, known)
-        one_by_one = batches(images[chosen], 1, model.device, "threshold")
-        for k, (i, image) in enumerate(zip(chosen, one_by_one)):
-            anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
-            scores[k] = patchae.image_score(anomaly_map)
-    return scores
+    scores = []
+    for image, i in zip(batches(images[chosen], 1, model.device, "threshold"), chosen):
+        anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
+        scores.append(patchae.image_score(anomaly_map).item())
+    return torch.tensor(scores)
 
 
 def write_preview(path, held_out, rebuilt):

@@ -1,4 +1,4 @@
-"""A folder as tensors: categories, image files, upright RGB images, batches, test sets, masks."""
+"""A folder (laid out as data/README.md says) as tensors: categories, images, test sets, masks."""
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor

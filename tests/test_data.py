@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_used(refused, main, argv, path, content, remedy):
     refused(main, argv.split(), path, remedy)
 
 
-def test_foreign_weights_and_checkpoints(refused, monkeypatch):
+def test_foreign_weights_checkpoints_and_results(refused, monkeypatch, capsys):
     """Files of the right kind, but made by others or for another backbone; a failed download."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=urllib.error.URLError("offline")))
     monkeypatch.setenv("TORCH_HOME", "torch")
@@ -234,6 +234,13 @@ def test_foreign_weights_and_checkpoints(refused, monkeypatch):
     torch.save({name: tensor for name, tensor in state.items() if "layer1" in name}, "18.pth")
     refused(train.main, "--weights 18.pth --backbone resnet50".split(), "18.pth", "resnet50")
     refused(train.main, ["--weights", "18.pth"], "18.pth", "conv1.weight is missing")
+    Path("runs/results.csv").write_text("name;value\n1;2\n")
+    fails(capsys, evaluate.main, OPTIONS, "runs/results.csv")
+    assert Path("runs/results.csv").read_text() == "name;value\n1;2\n"
+    content = torch.load(CHECKPOINT, weights_only=True)
+    content["model"]["decoder.0.bias"][0] = math.nan
+    torch.save(content, CHECKPOINT)
+    refused(evaluate.main, [], CHECKPOINT, "not finite")
     torch.save({"epoch": 3}, CHECKPOINT)
     refused(evaluate.main, [], CHECKPOINT, "train.py")
 
