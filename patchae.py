@@ -150,11 +150,9 @@ class Config:
     channels: int = option(0, range(8193), "C₃ of a random start; 0: C₃ = C, starting as the "
                            "identity (our choice: training begins at R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
-    defect_share: float = option(0.5, None, "of a step's patches (our choice: else they are rare)")
-    steps: int = option(800, range(10**6), "of the optimiser (our choice: the loss is flat then)")
-    batch_size: int = option(8, range(1, 1025), "images at a time (our choice: fits any machine)")
-    draws: int = option(4, range(1, 1025), "steps on the same images (our choice: saves forwards)")
-    patches: int = option(1024, range(1, 10**6), "in a step (our choice: as many as an image has)")
+    defect_share: float = option(0.5, None, "of the loss (our choice: few patches have a defect)")
+    steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
+    batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits any GPU)")
     lr: float = option(2e-3, None, "decoder, Adam and cosine (our choice: rebuilds well by then)")
     encoder_lr: float = option(1e-4, None, "encoder (our choice: slower, so that distances last)")
     backbone_lr: float = option(1e-5, None, "fine-tuned backbone (our choice: slower still)")
@@ -271,8 +269,8 @@ def rebuild(r, decoder):
 def reconstruction_loss(rebuilt, patches):
     """(E3) L = 1/(P · 3p²) Σ_ij ‖Î_ij − I_ij‖², I being the image with artificial defects (paper).
 
-    rebuilt, patches: (B, 3p², H', W'), normalised (our choice: unit variance suits the step size).
-    Of several images the mean of their L.
+    rebuilt, patches: (B, 3p², H', W') or (n, 3p²), normalised (our choice: unit variance suits the
+    step size). Of several images the mean of their L.
     """
     return (rebuilt - patches).square().mean()                            # ()
 
@@ -354,29 +352,23 @@ def calibrate_batch_norm(backbone, batches):
 
 
 # ---- training -----------------------------------------------------------------------------------
-def draw_patches(defective, count, share):
-    """Indices (count,) of random patches, `share` of them among those that show a defect.
+def training_loss(model, image, mask):
+    """(1 − λ) · (E3) over all patches + λ · (E3) over those with a defect; λ: config.defect_share.
 
-    defective: (B · P,) bool. Our choice: few patches show a defect, and those are the hard ones.
+    image: (B, 3, H, W) in [0, 1], with its defects, is input and target (paper); mask: (B, 1, H, W)
+    bool. Our choice: few patches have a defect, and those are the hard ones.
     """
-    there = defective.nonzero()[:, 0]
-    wanted = round(count * share) if len(there) else 0
-    chosen = there[torch.randint(max(1, len(there)), (wanted,))]          # (wanted,)
-    rest = torch.randint(len(defective), (count - wanted,))
-    return torch.cat([chosen, rest])                                      # (count,)
-
-
-def training_loss(model, features, image, drawn):
-    """The loss (E3) over the drawn patches; `image`, with its defects, is input and target (paper).
-
-    features: Φ of the image (B, C, H', W'); image: (B, 3, H, W) in [0, 1]; drawn: indices (count,)
-    among all B · P patches: each is rebuilt from its own vector, so any of them make a batch.
-    """
-    patches = patchify(image, model.config.patch_size)                    # (B, 3p², H', W')
-    patches = patches.transpose(0, 1).flatten(1)[None, :, drawn, None]    # (1, 3p², count, 1)
-    features = features.transpose(0, 1).flatten(1)[None, :, drawn, None]  # (1, C, count, 1)
-    r = represent(features, model.encoder)                                # (1, C₃, count, 1)
-    return reconstruction_loss(rebuild(r, model.decoder), patches)
+    p = model.config.patch_size
+    share = model.config.defect_share
+    patches = patchify(image, p)                                          # (B, 3p², H', W')
+    _, rebuilt = model(image)                                             # (B, 3p², H', W')
+    loss = reconstruction_loss(rebuilt, patches)
+    defective = F.max_pool2d(mask.float(), p)[:, 0] > 0                   # (B, H', W')
+    if defective.any():
+        patches = patches.movedim(1, -1)[defective]                       # (n, 3p²)
+        rebuilt = rebuilt.movedim(1, -1)[defective]                       # (n, 3p²)
+        loss = (1 - share) * loss + share * reconstruction_loss(rebuilt, patches)
+    return loss                                                           # ()
 
 
 def rebuilt_share(rebuilt, defected, normal, mask):

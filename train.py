@@ -15,7 +15,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from torchvision.utils import save_image
 
 import patchae
@@ -27,7 +26,7 @@ REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
 HELD_OUT = 24  # our choice: images whose artificial defects are kept apart to measure `rebuilt`
 DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
-LOG = ["step", "loss", "rebuilt", "steps_per_second"]
+LOG = ["step", "loss", "rebuilt", "seconds"]
 # our choice: no download. Random features fade with depth, so early stages, small patches and no
 # average; there is less in them to preserve, so that higher rates rebuild more
 DEMO = {"data": make_toy.ROOT, "category": ["all"], "backbone": "resnet18", "weights": "random",
@@ -91,41 +90,33 @@ def fit(model, images, held_out, name):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
     losses, log = [], []
     begin = time.monotonic()
-    for step in range(config.steps):
-        if step % config.draws == 0:
-            chosen = random.sample(range(len(images)), min(config.batch_size, len(images)))
-            image, mask = defected_batch(images, chosen, config.defects)
-            defective = F.max_pool2d(mask.float(), config.patch_size).flatten() > 0  # (B · P,)
-            image = image.to(model.device)
-        if step % config.draws == 0 or config.finetune_backbone:
-            features = model.features(image)
-        drawn = patchae.draw_patches(defective, config.patches, config.defect_share)
-        loss = patchae.training_loss(model, features, image, drawn.to(model.device))
+    for step in range(1, config.steps + 1):
+        chosen = [random.randrange(len(images))]
+        image, mask = defected_batch(images, chosen, config.defects)
+        loss = patchae.training_loss(model, image.to(model.device), mask.to(model.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())  # read only for a report, so that a GPU need not wait
-        if len(losses) == math.ceil(config.steps / REPORTS) or step + 1 == config.steps:
-            speed = len(losses) / (time.monotonic() - begin)
-            loss = torch.stack(losses).mean().item()
-            log.append(report(model, held_out, name, step + 1, loss, speed))
-            losses.clear()
-            begin = time.monotonic()
+        losses.append(loss.item())
+        if len(losses) == math.ceil(config.steps / REPORTS) or step == config.steps:
+            log.append(report(model, held_out, name, step, losses, time.monotonic() - begin))
+            losses = []
     return log
 
 
-def report(model, held_out, name, step, loss, speed):
+def report(model, held_out, name, step, losses, seconds):
     """Print how far training is; returns a row of the log. UserError where the loss diverged."""
+    loss = sum(losses) / len(losses)
     if not loss < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
     normal, defected, masks = held_out
     rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
-    left = (model.config.steps - step) / speed
+    left = seconds / step * (model.config.steps - step)
     print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {rebuilt:.3f}  "
           f"{left:.0f} s left", flush=True)
-    return [step, loss, rebuilt, speed]
+    return [step, loss, rebuilt, seconds]
 
 
 def normal_scores(model, images):

@@ -235,12 +235,6 @@ def draw_category(root, name, seed=0):
             save(np.asarray(mask), "ground_truth", defect.__name__, f"{n:03d}_mask.png")
 
 
-def draw_set(root, seed=0):
-    """Write all categories below root."""
-    for name in CATEGORIES:
-        draw_category(root, name, seed)
-
-
 def draw_if_absent(root):
     """Draw what is missing; under another name first, so that a category is whole or absent."""
     for name in CATEGORIES:
@@ -260,4 +254,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: data/toy)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     args = parser.parse_args()
-    draw_set(args.out, args.seed)
+    for category in CATEGORIES:
+        draw_category(args.out, category, args.seed)

@@ -72,9 +72,8 @@ def drawing(model, images):
 
 
 def training(model, images):
-    """The steps that train.py makes on one batch of images, the drawing included."""
-    config = model.config
-    model.config.steps = config.draws
+    """A step of train.py on each image of a batch, the drawing included."""
+    model.config.steps = model.config.batch_size
     held_out = (images[:1] / 255, *train.defected_batch(images, [0]))
 
     def work():

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 TINY = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64", "--patch-size", "4",
-        "--layers", "1", "2", "--steps", "4", "--draws", "2", "--patches", "64", "--batch-size", "4",
+        "--layers", "1", "2", "--steps", "4", "--batch-size", "4",
         "--threshold-images", "100", "--device", "cpu"]
 
 

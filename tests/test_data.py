@@ -352,7 +352,7 @@ def test_the_toy_set(tmp_path, monkeypatch):
     for name, count in (("TRAIN", 2), ("GOOD", 1), ("PER_DEFECT", 1)):  # to save time
         monkeypatch.setattr(make_toy, name, count)
     monkeypatch.chdir(tmp_path)
-    make_toy.draw_set(Path("set"))
+    make_toy.draw_if_absent(Path("set"))
     for folder, name, seed in (("same", "felt", 0), ("same", "flange", 0), ("other", "felt", 1)):
         make_toy.draw_category(Path(folder), name, seed)
     places = [f"{name}/{place}" for name in KINDS for place in (
@@ -376,7 +376,8 @@ def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch):
     for name, (_, defects) in make_toy.CATEGORIES.items():
         drawing = (lambda rng: np.full((256, 256, 3), 148.), defects)
         monkeypatch.setitem(make_toy.CATEGORIES, name, drawing)
-    make_toy.draw_set(tmp_path)
+    for name in KINDS:
+        make_toy.draw_category(tmp_path, name)
     samples = [sample for name in KINDS for sample in images.list_test(tmp_path / name)]
     assert len(samples) == 64
     for path, kind, mask_path in samples:

@@ -269,18 +269,6 @@ def test_paste_is_a_flipped_and_recoloured_part_of_the_image():
 
 
 # ---- what training counts -----------------------------------------------------------------------
-def test_defective_patches_are_drawn_more_often():
-    """3 of 100 patches are defective: `share` of the drawn ones is of these three, the rest of all 100."""
-    defective = torch.zeros(100, dtype=bool)
-    defective[[7, 50, 99]] = True
-    for share, expected in ((0.0, .03), (0.5, .5 + .5 * .03), (1.0, 1.0)):
-        drawn = patchae.draw_patches(defective, 4000, share)
-        assert drawn.shape == (4000,)
-        assert defective[drawn].float().mean().item() == pytest.approx(expected, abs=.01)
-        assert set(drawn.tolist()) == (set(range(100)) if share < 1 else {7, 50, 99})
-    assert set(patchae.draw_patches(torch.zeros(9, dtype=bool), 400, 1.0).tolist()) == set(range(9))
-
-
 def test_rebuilt_share_by_hand():
     """A defect of 0.8 on 0.4: drawn perfectly 0, painted over with the normal 0.4 it is 1; half-way, 0.6,
     the error is half as large and its square a quarter. What is rebuilt outside the mask does not count."""

@@ -144,18 +144,25 @@ def test_training_starts_at_r_equal_to_the_features():
         assert patchae.unpatchify(rebuilt, 4).shape == image.shape
 
 
-def test_training_loss_by_another_route(shared):
-    """The mean over the drawn patches, one by one: number n is patch n of all patches of the batch in
-    reading order. Its pixels are cut from the image by hand, and normalised by numpy."""
-    image = torch.rand(3, 3, 64, 64)
-    drawn = torch.tensor([0, 17, 17, 255, 256, 700, 767])
-    loss = patchae.training_loss(shared, shared.features(image), image, drawn).item()
-    rebuilt, errors = shared(image)[1].detach().numpy(), []
-    for n in drawn.tolist():
-        b, i, j = np.unravel_index(n, (3, 16, 16))
-        patch = (image[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4].numpy() - MEAN) / STD
+def test_training_loss_by_another_route(shared, monkeypatch):
+    """The patches one by one, cut from the image by hand and normalised by numpy: the mean over those with a
+    pixel in the mask counts 0, a quarter or all, that over all patches the rest; without a mask it is all."""
+    image, mask = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=bool)
+    mask[0, 0, 7, 8] = mask[1, 0, 16:24, 40:47] = True
+    rebuilt, errors, defective = shared(image)[1].detach().numpy(), [], []
+    for b, i, j in np.ndindex(2, 16, 16):
+        box = (slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
+        patch = (image[b, :, *box].numpy() - MEAN) / STD
         errors.append(np.mean((rebuilt[b, :, i, j] - patch.flatten())**2))
-    assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+        defective.append(mask[b, 0, *box].any().item())
+    of_all, there = np.mean(errors), np.mean(np.array(errors)[defective])
+    assert sum(defective) == 5 and abs(there / of_all - 1) > .01
+    for share in (0, .25, 1):
+        monkeypatch.setattr(shared.config, "defect_share", share)
+        loss = patchae.training_loss(shared, image, mask).item()
+        assert loss == pytest.approx(share * there + (1 - share) * of_all, rel=1e-5)
+        loss = patchae.training_loss(shared, image, torch.zeros_like(mask)).item()
+        assert loss == pytest.approx(of_all, rel=1e-5)
 
 
 def test_training_moves_the_backbone_only_when_fine_tuned():
@@ -163,7 +170,7 @@ def test_training_moves_the_backbone_only_when_fine_tuned():
     images = draw_images(3, 4)
     held_out = (images / 255, *train.defected_batch(images, range(3)))
     for finetune in (False, True):
-        model = make_model(finetune_backbone=finetune, steps=4, draws=2, patches=50, batch_size=2)
+        model = make_model(finetune_backbone=finetune, steps=4)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         train.fit(model, images, held_out, "part")
         moved = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
@@ -175,14 +182,13 @@ def test_training_moves_the_backbone_only_when_fine_tuned():
 # ---- training, watched from outside -------------------------------------------------------------
 @pytest.fixture(scope="module")
 def watched():
-    """A training of 38 steps, 4 on each batch of 4 of 6 images. Returns the model, the images, what was held
-    out, the log, and of some functions all calls: (arguments, result)."""
-    model = make_model(steps=38, draws=4, batch_size=4, patches=200, lr=3e-3, encoder_lr=3e-4,
-                       defect_share=.25)
+    """A training of 38 steps on 6 images. Returns the model, the images, what was held out, the log, and of
+    some functions all calls: (arguments, result)."""
+    model = make_model(steps=38, lr=3e-3, encoder_lr=3e-4, defect_share=.25)
     images = draw_images(6, 3)
     patchae.calibrate_batch_norm(model.backbone, [images / 255])
     held_out = (images / 255, *train.defected_batch(images, range(6)))
-    calls = {"add_defects": [], "draw_patches": [], "training_loss": [], "step": []}
+    calls = {"add_defects": [], "training_loss": [], "step": []}
 
     def watch(name, function):
         def watching(*arguments):
@@ -194,7 +200,7 @@ def watched():
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: calls["step"].append(
         {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("add_defects", "draw_patches", "training_loss"):
+        for name in ("add_defects", "training_loss"):
             patch.setattr(patchae, name, watch(name, getattr(patchae, name)))
         log = train.fit(model, images, held_out, "part")
     hook.remove()
@@ -202,35 +208,25 @@ def watched():
 
 
 def test_input_and_target_are_the_images_with_their_defects(watched):
-    """What add_defects returned is the image of the loss, Φ is made of it, and a patch counts as defective
-    where a pixel of it is in the mask. A batch serves 4 steps with one Φ, each with other patches."""
-    model, _, _, _, calls = watched
-    assert len(calls["training_loss"]) == 38 and len(calls["add_defects"]) == 10 * 4
-    for step, ((_, features, image, drawn), _) in enumerate(calls["training_loss"]):
-        made = [result for _, result in calls["add_defects"][step // 4 * 4:][:4]]
-        assert torch.equal(image, torch.stack([defected for defected, _ in made]))
-        assert features is calls["training_loss"][step // 4 * 4][0][1]
-        (defective, count, share), result = calls["draw_patches"][step]
-        patches = [mask[0, y:y + 4, x:x + 4].any().item()
-                   for _, mask in made for y in range(0, 64, 4) for x in range(0, 64, 4)]
-        assert defective.tolist() == patches and (count, share) == (200, .25) and torch.equal(drawn, result)
-    torch.testing.assert_close(features, model.features(image))
-    assert len({tuple(drawn.tolist()) for (_, _, _, drawn), _ in calls["training_loss"]}) == 38
+    """Image and mask of the loss are what add_defects returned, once for each step."""
+    calls = watched[-1]
+    assert len(calls["training_loss"]) == len(calls["add_defects"]) == 38
+    for ((_, image, mask), _), (_, made) in zip(calls["training_loss"], calls["add_defects"]):
+        assert torch.equal(image[0], made[0]) and torch.equal(mask[0], made[1]) and len(image) == len(mask) == 1
 
 
-def test_batches_are_random_and_get_new_defects(watched):
-    """Each batch is 4 different images, all 6 occur, in changing company, never twice with the same defects.
-    What is pasted comes from any other image, never from the image itself."""
+def test_images_are_random_and_get_new_defects(watched):
+    """All 6 images occur, in no fixed order, never twice with the same defects. What is pasted comes from any
+    other image, never from the image itself."""
     _, images, _, _, calls = watched
     def number(image):
         return [torch.equal(image, known / 255) for known in images].index(True)
 
     pairs = [(number(image), number(other)) for (image, other), _ in calls["add_defects"]]
-    batches = [tuple(sorted(image for image, _ in pairs[n:n + 4])) for n in range(0, 40, 4)]
-    assert all(len(set(batch)) == 4 for batch in batches) and set(sum(batches, ())) == set(range(6))
-    assert len(set(batches)) > 4
-    assert len(torch.stack([defected for _, (defected, _) in calls["add_defects"]]).unique(dim=0)) == 40
-    assert all(image != other for image, other in pairs) and {other for _, other in pairs} == set(range(6))
+    chosen, pasted = zip(*pairs)
+    assert set(chosen) == set(pasted) == set(range(6)) and all(a != b for a, b in pairs)
+    assert len(set(zip(chosen, chosen[1:]))) > 12  # of 36 successions; one after the other would be 6
+    assert len(torch.stack([defected for _, (defected, _) in calls["add_defects"]]).unique(dim=0)) == 38
     assert len(set(pairs)) > 12  # of 30; "always the next one" would be 6
 
 
