@@ -252,6 +252,14 @@ def test_log_has_the_mean_loss_since_the_last_line(watched):
     assert [row[1] for row in log] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_report_says_how_long_training_still_takes(watched, capsys):
+    """After 10 of 38 steps in 60 s, 28 more take 168 s."""
+    row = train.report(watched[0], watched[2], "part", 10, [1.0, 3.0], 60.0)
+    assert row[:2] == [10, 2.0] and row[3] == 60.0
+    line = capsys.readouterr().out
+    assert line.startswith("part: step 10/38  loss 2.0000  rebuilt 0.") and line.endswith("  168 s left\n")
+
+
 def test_training_learns_to_rebuild_defects(watched):
     """The thesis in small: the loss falls, and of held-out defects more is rebuilt. The last line of the log
     is of the final model, its share computed again by numpy."""
