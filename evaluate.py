@@ -119,7 +119,7 @@ def pixel_auroc(samples, maps, size):
               "left out")
     truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
     if not any(truth.any() for truth in truths):
-        print("pixel AUROC: undefined (no masks under ground_truth/)")
+        print("pixel AUROC: undefined (no mask under ground_truth/ shows a defect)")
         return math.nan
     return auroc(torch.stack(truths).flatten(), upsample(maps[known], (size, size)).flatten())
 

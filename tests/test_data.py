@@ -166,7 +166,7 @@ def test_a_mask_is_found_by_the_name_of_its_image(tmp_path, name):
 
 
 def test_an_image_without_a_mask_is_no_part_of_pixel_auroc(workspace, capsys):
-    """Left out, not counted as normal; without any mask it is undefined. Both are said."""
+    """Left out, not counted as normal; with black masks or none it is undefined. All this is said."""
     part, kept, maps = Path("data/part"), [0, 1, 3], torch.rand(4, 16, 16)
     Path(MASK).with_name("000_mask.png").unlink()
     large = [Image.fromarray(maps[i].numpy()).resize((64, 64), Image.BILINEAR) for i in kept]
@@ -175,9 +175,12 @@ def test_an_image_without_a_mask_is_no_part_of_pixel_auroc(workspace, capsys):
     expected = roc_auc_score(truth.ravel(), np.stack(large).ravel())
     assert evaluate.pixel_auroc(images.list_test(part), maps, 64) == pytest.approx(expected, abs=1e-6)
     assert "1 defective images have no mask" in capsys.readouterr().out
-    shutil.rmtree("data/part/ground_truth")
-    assert math.isnan(evaluate.pixel_auroc(images.list_test(part), maps, 64))
-    assert "pixel AUROC: undefined" in capsys.readouterr().out
+    Image.new("L", (64, 64)).save(MASK)
+    for remove in (False, True):
+        if remove:
+            shutil.rmtree("data/part/ground_truth")
+        assert math.isnan(evaluate.pixel_auroc(images.list_test(part), maps, 64))
+        assert "pixel AUROC: undefined" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gone, missing", [("good", "good"), ("hole", "defective")])
