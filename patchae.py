@@ -152,7 +152,7 @@ class Config:
     defects: bool = option(True, None, "artificial defects in training (paper)")
     defect_share: float = option(0.5, None, "of the loss (our choice: few patches have a defect)")
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
-    batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits any GPU)")
+    batch_size: int = option(8, range(1, 1025), "images at once elsewhere (our choice: fits a GPU)")
     lr: float = option(2e-3, None, "decoder, Adam and cosine (our choice: rebuilds well by then)")
     encoder_lr: float = option(1e-4, None, "encoder (our choice: slower, so that distances last)")
     backbone_lr: float = option(1e-5, None, "fine-tuned backbone (our choice: slower still)")
@@ -356,7 +356,7 @@ def training_loss(model, image, mask):
     """(1 − λ) · (E3) over all patches + λ · (E3) over those with a defect; λ: config.defect_share.
 
     image: (B, 3, H, W) in [0, 1], with its defects, is input and target (paper); mask: (B, 1, H, W)
-    bool. Our choice: few patches have a defect, and those are the hard ones.
+    bool, empty: (E3) alone. Our choice: few patches have a defect, and those are the hard ones.
     """
     p = model.config.patch_size
     share = model.config.defect_share
@@ -535,4 +535,4 @@ def load_checkpoint(path):
         return model, content["images"].byte(), content["normal_scores"].float()
     except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
         raise UserError(f"{path}: no checkpoint of this version ({reason(error)}); make it with "
-                        "train.py") from error
+                        "train.py, without --skip-finished") from error

@@ -39,12 +39,9 @@ def parse(argv):
     parser = patchae.Parser(__doc__)
     parser.add_argument("--skip-finished", action="store_true",
                         help="leave out categories whose checkpoint has this configuration")
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
     for one in dataclasses.fields(Config):
-        kind = {"type": one.type}
-        if one.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        if one.type is tuple:
-            kind = {"type": int, "nargs": "+"}
+        kind = kinds.get(one.type, {"type": one.type})
         parser.add_argument("--" + one.name.replace("_", "-"), default=one.default, **kind,
                             help=f"{one.metadata['help']} (default: {one.default})")
     if parser.parse_args(argv).demo:

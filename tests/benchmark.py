@@ -72,8 +72,9 @@ def drawing(model, images):
 
 
 def training(model, images):
-    """A step of train.py on each image of a batch, the drawing included."""
+    """A step of train.py on each image of a batch, the drawing and one report included."""
     model.config.steps = model.config.batch_size
+    train.REPORTS = 1  # else so few steps would have a report, with its own forward, after each
     held_out = (images[:1] / 255, *train.defected_batch(images, [0]))
 
     def work():

@@ -83,7 +83,7 @@ BREAKS = [
      "every defect is brighter than the part", [EQUATIONS]),
     ("defects-wrong-mask", "patchae.py",
      "mask[box] |= alpha > 0", "mask[box] |= alpha <= 0",
-     "patches are drawn beside the defects", [EQUATIONS]),
+     "the loss weighs the patches beside the defects", [EQUATIONS]),
     ("defects-always-one", "patchae.py",
      "for _ in range(random.randint(1, MOST_DEFECTS)):", "for _ in range(1):",
      "less to learn from in every image", [EQUATIONS]),
