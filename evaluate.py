@@ -27,8 +27,8 @@ from data.images import (batches, choose_categories, list_images, list_test, pro
 from patchae import UserError
 
 SCORES = ("feature", "backbone", "reconstruction")  # distance in R, in Φ; error of the decoder
-RESULT = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "seed",
-          "backbone", "weights"]
+RESULT = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "threshold",
+          "seed", "backbone", "weights"]
 # our choice: dark to glowing, evenly brighter, so that grey prints show the same
 COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])
 SCALE = (0.5, 1.5)          # our choice: darkest and brightest, in thresholds
@@ -36,24 +36,21 @@ OPACITY_RISES = (0.9, 1.1)  # our choice: in thresholds
 MOST_OPACITY = 0.6          # our choice: the image shines through
 LARGEST_HEATMAP = 1024      # our choice: pixels of the longer side, so that photographs stay handy
 PER_TYPE = 2                # our choice: columns of each type in overview.png
-RANKED = 12                 # our choice: columns of the predictions' overview.png
-NAME_END = 12               # our choice: letters of a file name that fit above a column
-CELL, GAP, TITLE = 160, 4, 24  # pixels of overview.png
-BARS = 40                   # our choice: bars of histogram.png
-BLUE, RED, WHITE = (70, 130, 180), (178, 34, 34), (255, 255, 255)
-WIDTH, HEIGHT, MARGIN = 640, 240, 24  # pixels of histogram.png
+RANKED = 12                 # our choice: lines printed, and columns, of predictions
+NAME_END = 16               # our choice: letters of a file name that fit above a column
+CELL, GAP, LINE = 160, 4, 24  # pixels of overview.png: a picture, a gap, a line of text
 
 
 def parse(argv):
     """The command line."""
-    parser = patchae.Parser(__doc__)
+    parser = patchae.make_parser(__doc__)
     add = parser.add_argument
     add("--predict", type=Path, metavar="PATH", help="score this image or folder; needs no labels")
     add("--score", choices=SCORES, default="feature",
         help="distance in R (default), in the raw backbone features, or reconstruction error")
     add("--quantile", type=float, default=0.99, metavar="Q",
-        help="the threshold is this quantile of the normal images' scores, each against the\n"
-             "memory without itself (default: 0.99; our choice: a false alarm in a hundred)")
+        help="the threshold is this quantile of the normal images' scores, each against the memory "
+        "without itself (default: 0.99; our choice: a false alarm in a hundred)")
     if parser.parse_args(argv).demo:
         parser.set_defaults(data=make_toy.ROOT, category=["all"])
     args = parser.parse_args(argv)
@@ -146,61 +143,20 @@ def heat_pictures(path, anomaly_map, scale):
     return [image, *(Image.fromarray(pixels.astype(np.uint8)) for pixels in (colour, overlay))]
 
 
-def colour_scale(threshold, maps):
-    """What is half-way on the colour scale: the threshold; else the largest score ends it."""
-    return threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
-
-
-def write_heatmaps(folder, root, paths, maps, scale):
-    """An overlay for each image file, under the name that the file has below root."""
-    for path, anomaly_map in progress(list(zip(paths, maps)), "heatmaps"):
-        name = path.relative_to(root).as_posix()
-        target = folder / (name if path.suffix == ".png" else name + ".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        heat_pictures(path, anomaly_map, scale)[2].save(target)
-
-
-def write_histogram(path, scores, labels, threshold):
-    """Bars of the scores of good (blue) and defective (red) images, with the threshold (black)."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    end = np.nanmax([*scores, threshold]) * (1 + 1 / BARS) or 1
-    good = np.histogram(scores[~labels], BARS, (0, end))[0][:, None]      # (BARS, 1)
-    bad = np.histogram(scores[labels], BARS, (0, end))[0][:, None]        # (BARS, 1)
-    rows = np.arange((good + bad).max())[::-1, None, None]                # an image's height each
-    bars = np.where(rows < good, BLUE, np.where(rows < good + bad, RED, WHITE))
-    bars = Image.fromarray(bars.astype(np.uint8))                         # BARS pixels wide
-    picture = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
-    picture.paste(bars.resize((WIDTH, HEIGHT - 2 * MARGIN), Image.Resampling.NEAREST), (0, MARGIN))
-    draw = ImageDraw.Draw(picture)
-    if not math.isnan(threshold):
-        x = WIDTH * threshold / end
-        draw.line([x, MARGIN, x, HEIGHT - MARGIN], fill="black", width=2)
-    draw.text((GAP, HEIGHT - MARGIN + GAP), f"image score, 0 to {end:.2f}", fill="black")
-    draw.text((GAP, GAP), "good images (blue), defective (red), threshold (line)", fill="black")
-    picture.save(path)
-
-
-def write_overview(path, paths, maps, titles, truths, scale, threshold):
-    """A column for each image: title, image, mask (of truths), map, overlay; the scale."""
-    columns = [heat_pictures(*one, scale) for one in zip(paths, maps)]
-    for column, truth in zip(columns, truths):
-        mask = Image.fromarray(truth.numpy()).convert("RGB")
-        column.insert(1, mask.resize(column[0].size))
-    size = (len(columns) * (CELL + GAP), len(columns[0]) * (CELL + GAP) + TITLE + MARGIN)
-    sheet = Image.new("RGB", size, "white")
+def write_overview(path, columns, titles, scale):
+    """A sheet of columns of pictures with their titles; the last line shows the colour scale."""
+    bottom = LINE + len(columns[0]) * (CELL + GAP)
+    sheet = Image.new("RGB", (len(columns) * (CELL + GAP), bottom + LINE), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (column, title) in enumerate(zip(columns, titles)):
-        draw.text((x * (CELL + GAP) + GAP, GAP), title, fill="black", font_size=TITLE / 2)
+        draw.text((x * (CELL + GAP) + GAP, GAP), title, fill="black", font_size=LINE / 2)
         for y, picture in enumerate(column):
             cell = ImageOps.contain(picture, (CELL, CELL))
-            sheet.paste(cell, (x * (CELL + GAP), TITLE + y * (CELL + GAP)))
-    ramp = torch.linspace(*SCALE, BARS).expand(2, BARS) * scale
-    colour, _ = heat(ramp, (MARGIN // 2, sheet.width // 2), scale)
-    top = sheet.height - MARGIN + GAP
-    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, top))
-    middle = "no threshold" if math.isnan(threshold) else "the threshold"
-    text = f"{SCALE[0] * scale:.2f} to {SCALE[1] * scale:.2f}; half-way {scale:.2f}, {middle}"
-    draw.text((sheet.width // 2 + GAP, top), text, fill="black")
+            sheet.paste(cell, (x * (CELL + GAP), LINE + y * (CELL + GAP)))
+    ramp = torch.linspace(*SCALE, CELL).expand(LINE, CELL) * scale
+    colour, _ = heat(ramp, (LINE, CELL), scale)
+    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, bottom))
+    draw.text((CELL + GAP, bottom + GAP), f"half-way: {scale:.2f}", fill="black")
     sheet.save(path)
 
 
@@ -211,78 +167,91 @@ def write_csv(path, header, rows):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
+def write_results(folder, root, paths, maps, threshold, shown, truths):
+    """A table, a heatmap of each image under the name that it has below root, an overview.
+
+    shown: the numbers of the overview's columns; truths: their masks, or none. Returns the rows of
+    the table, most anomalous first; is_anomalous is empty without a threshold.
+    """
+    scores = patchae.image_score(maps).tolist()
+    # half-way on the colour scale is the threshold; without one, the largest score is its end
+    scale = threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
+    rows, columns = [], {}
+    for n, path in enumerate(progress(paths, "heatmaps")):
+        verdict = "" if math.isnan(threshold) else scores[n] > threshold
+        rows.append([path, path.parent.name, scores[n], verdict])
+        pictures = heat_pictures(path, maps[n], scale)
+        name = path.relative_to(root).as_posix()
+        target = folder / "heatmaps" / (name if path.suffix == ".png" else name + ".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pictures[-1].save(target)
+        if n in shown:
+            columns[n] = pictures
+    for n, truth in zip(shown, truths):
+        mask = Image.fromarray(truth.numpy()).convert("RGB")
+        columns[n].insert(1, mask.resize(columns[n][0].size))
+    titles = [f"{'/'.join(paths[n].parts[-2:])[-NAME_END:]} {scores[n]:.2f}" for n in shown]
+    write_overview(folder / "overview.png", [columns[n] for n in shown], titles, scale)
+    rows.sort(key=lambda row: -row[2])
+    write_csv(folder / "scores.csv", ["path", "folder", "score", "is_anomalous"], rows)
+    return rows
+
+
+@patchae.exit_code
 def evaluate_category(name, args, device):
     """Score DATA/NAME/test; write tables and pictures to OUT/NAME/SCORE."""
     samples = list_test(args.data / name)
     model, memory, threshold = prepare(name, args, device)
     config = model.config
     paths, kinds, masks = zip(*samples)
-    labels = [kind != "good" for kind in kinds]
+    defective = np.array([kind != "good" for kind in kinds])
     maps, seconds = score_images(paths, model, memory)
-    scores = patchae.image_score(maps).tolist()
-    image = auroc(labels, scores)
+    scores = patchae.image_score(maps).numpy()
+    image = auroc(defective, scores)
     pixel = pixel_auroc(samples, maps, config.image_size)
     if math.isnan(image):
-        absent = "good" if all(labels) else "defective"
+        absent = "good" if defective.all() else "defective"
         print(f"image AUROC: undefined (test/ has no {absent} images)")
     if not math.isnan(threshold):
-        above = [defective for defective, score in zip(labels, scores) if score > threshold]
-        print(f"{name}: above the threshold {above.count(False)} of {labels.count(False)} good and "
-              f"{above.count(True)} of {labels.count(True)} defective images")
-    scale = colour_scale(threshold, maps)
+        good, bad = (scores > threshold)[~defective], (scores > threshold)[defective]
+        print(f"{name}: above the threshold {good.sum()} of {len(good)} good and {bad.sum()} of "
+              f"{len(bad)} defective images")
     first = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < PER_TYPE]
-    shown = sorted(first, key=lambda n: labels[n])  # the good ones first
+    shown = sorted(first, key=lambda n: defective[n])  # the good ones first
+    truths = [read_truth(masks[n], paths[n], config.image_size) for n in shown]
     with patchae.whole(args.out / name / args.score) as folder:
         folder.mkdir()
+        write_results(folder, args.data / name / "test", paths, maps, threshold, shown, truths)
         write_csv(folder / "result.csv", RESULT, [
-            [name, args.score, image, pixel, seconds, config.seed, config.backbone,
+            [name, args.score, image, pixel, seconds, threshold, config.seed, config.backbone,
              Path(config.weights).name]])
-        write_csv(folder / "scores.csv", ["path", "label", "score"],
-                  zip([path.relative_to(args.data) for path in paths], kinds, scores))
-        write_heatmaps(folder / "heatmaps", args.data / name / "test", paths, maps, scale)
-        write_histogram(folder / "histogram.png", scores, labels, threshold)
-        write_overview(folder / "overview.png", [paths[n] for n in shown], maps[shown],
-                       [f"{kinds[n]} {scores[n]:.2f}" for n in shown],
-                       [read_truth(masks[n], paths[n], config.image_size) for n in shown],
-                       scale, threshold)
 
 
+@patchae.exit_code
 def predict_category(name, args, device):
-    """Score the images of --predict; write predictions.csv, overview.png and heatmaps."""
-    paths = [args.predict] if args.predict.is_file() else list_images(args.predict)
-    root = args.predict.parent if args.predict.is_file() else args.predict
+    """Score the images of --predict; write a table and pictures to OUT/NAME/predictions."""
+    one = args.predict.is_file()
+    paths = [args.predict] if one else list_images(args.predict)
+    root = args.predict.parent if one else args.predict
     model, memory, threshold = prepare(name, args, device)
     maps, _ = score_images(paths, model, memory)
-    scores = patchae.image_score(maps).tolist()
-    order = sorted(range(len(paths)), key=lambda n: -scores[n])
-    shown = order[:RANKED]
-    verdicts = ["" if math.isnan(threshold) else score > threshold for score in scores]
-    scale = colour_scale(threshold, maps)
-    with patchae.whole(args.out / name / "predictions") as folder:
+    shown = patchae.image_score(maps).argsort(descending=True)[:RANKED].tolist()
+    target = args.out / name / "predictions"
+    with patchae.whole(target) as folder:
         folder.mkdir()
-        write_csv(folder / "predictions.csv", ["path", "score", "is_anomalous"],
-                  [(paths[n], scores[n], verdicts[n]) for n in order])
-        write_heatmaps(folder / "heatmaps", root, paths, maps, scale)
-        write_overview(folder / "overview.png", [paths[n] for n in shown], maps[shown],
-                       [f"{paths[n].name[-NAME_END:]} {scores[n]:.2f}" for n in shown], [],
-                       scale, threshold)
-    for n in shown:
-        word = {True: "anomalous", False: "normal", "": "undecided"}[verdicts[n]]
-        print(f"{scores[n]:10.4f}  {word:9}  {paths[n]}")
-    print(f"{name}: {len(paths)} images, {verdicts.count(True)} anomalous; "
-          f"wrote {args.out / name / 'predictions'}")
+        rows = write_results(folder, root, paths, maps, threshold, shown, [])
+    for path, _, score, verdict in rows[:RANKED]:
+        word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
+        print(f"{score:10.4f}  {word:9}  {path}")
+    print(f"{name}: {len(rows)} images, {sum(row[3] is True for row in rows)} anomalous; "
+          f"wrote {target}")
 
 
 def gather_results(out, kind):
     """Write OUT/results.csv: every OUT/NAME/SCORE/result.csv and a mean for each score; print one.
 
-    A metric that is undefined is nan, and no part of the mean. UserError where results.csv is not
-    one that was written here.
+    A metric that is undefined is nan, and no part of the mean.
     """
-    results = out / "results.csv"
-    if results.exists():
-        if results.read_text("utf-8", errors="replace").splitlines()[:1] != [",".join(RESULT)]:
-            raise UserError(f"{results}: not a table of evaluate.py; move it away")
     table = []
     for path in sorted(out.glob("*/*/result.csv")):
         with open(path, newline="", encoding="utf-8") as file:
@@ -291,8 +260,8 @@ def gather_results(out, kind):
         rows = [row[2:5] for row in table if row[1] == score]
         if rows:
             numbers = np.ma.masked_invalid(np.array(rows, dtype=float))
-            table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", ""])
-    with patchae.whole(results) as unfinished:
+            table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", "", ""])
+    with patchae.whole(out / "results.csv") as unfinished:
         write_csv(unfinished, RESULT, table)
     print(f"\n{'category':16} {'score':14} {'image AUROC':>12} {'pixel AUROC':>12} {'s/image':>8}")
     for name, score, *metrics, seconds in [row[:5] for row in table if row[1] == kind]:
@@ -300,23 +269,19 @@ def gather_results(out, kind):
         print(f"{name:16} {score:14} {shown[0]:>12} {shown[1]:>12} {float(seconds):8.3f}")
 
 
-def run(argv):
-    """Evaluate or predict every category that was asked for; one that fails leaves the others."""
+@patchae.exit_code
+def main(argv=None):
+    """Score every category that was asked for; one that fails leaves the others. 0, or 2 then."""
     args = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
     names = choose_categories(args.data, args.category)
     work = predict_category if args.predict else evaluate_category
-    codes = [patchae.exit_code(work, name, args, device) for name in names]
+    codes = [work(name, args, device) for name in names]
     if not args.predict and 0 in codes:
         gather_results(args.out, args.score)
     return max(codes)
-
-
-def main(argv=None):
-    """Returns the exit code: 0, or 2 where the input was at fault."""
-    return patchae.exit_code(run, argv)
 
 
 if __name__ == "__main__":

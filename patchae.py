@@ -33,6 +33,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
-# paper: defects are added and must be rebuilt. Our choice, all of it: these four kinds and numbers,
+# paper: defects are added and must be rebuilt. Our choice, all of it: these kinds and numbers,
 # wide enough for faint to glaring, since the test defects are unknown.
 MOST_DEFECTS = 6              # per image: 1 to 6, so that every image trains on some defect
 BOX_SIDE = (1 / 24, 1 / 4)    # of the image side: from about one patch to a large stain
@@ -50,8 +51,8 @@ BLOB_CELLS = 4                # noise cells that bend a blob's rim: few, so that
 BLOB_RIM = 0.3                # level at which the blob ends inside its box
 HARD, SOFT = 0.1, 1.0         # width of a blob's rim: cut-out or fading
 GAIN = (0.6, 1.4)             # colour change of a pasted patch
-OPACITY = (0.3, 1.0)          # of scratches, stains and noise
-GRAIN = (2, 6)                # pixels, of a noise blob: finer noise is the sensor's, no defect
+OPACITY = (0.3, 1.0)          # of scratches and stains: from faint to opaque
+GRAIN = (4, 40)               # pixels, of a stain's noise: finer noise is the sensor's, no defect
 SOFTEN = 3                    # pixels: smoothing of a scratch, about what a lens does
 
 
@@ -88,19 +89,15 @@ def scratch(other, h, w):
 
 
 def stain(other, h, w):
-    """A soft spot of one colour (our choice)."""
-    return torch.rand(3, 1, 1), irregular_blob(h, w, SOFT) * random.uniform(*OPACITY)
-
-
-def noise_blob(other, h, w):
-    """Coloured noise of random grain inside an irregular outline (our choice)."""
+    """A spot, cut out or fading, of coloured noise; if that is coarse, of one colour (our choice)."""
     grain = random.randint(*GRAIN)
     cells = torch.rand(1, 3, math.ceil(h / grain), math.ceil(w / grain))
-    texture = F.interpolate(cells, (h, w), mode="bilinear")[0]            # (3, h, w)
-    return texture, irregular_blob(h, w, HARD) * random.uniform(*OPACITY)
+    paint = F.interpolate(cells, (h, w), mode="bilinear")[0]              # (3, h, w)
+    alpha = irregular_blob(h, w, random.choice((HARD, SOFT)))             # (1, h, w)
+    return paint, alpha * random.uniform(*OPACITY)
 
 
-DEFECT_KINDS = (altered_paste, scratch, stain, noise_blob)
+DEFECT_KINDS = (altered_paste, scratch, stain)
 
 
 def add_defects(image, other):
@@ -130,7 +127,7 @@ class UserError(Exception):
 
 
 def option(default, accepted, description):
-    """A field of Config: its default, what it accepts (names, or a range of integers), its help."""
+    """A field of Config: its default, the names or range that it accepts (None: any), its help."""
     return field(default=default, metadata={"accepted": accepted, "help": description})
 
 
@@ -147,10 +144,9 @@ class Config:
     image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
     patch_size: int = option(8, (4, 8, 16, 32), "pixels (our choice: the stride of stage 2)")
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
-    channels: int = option(0, range(8193), "C₃ of a random start; 0: C₃ = C, starting as the "
-                           "identity (our choice: training begins at R = Φ)")
+    channels: int = option(0, range(8193), "C₃ of a random start (our choice, 0: C₃ = C and R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
-    defect_share: float = option(0.5, None, "of the loss (our choice: few patches have a defect)")
+    defect_share: float = option(0.5, None, "λ, of the loss (our choice: few patches have one)")
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
     batch_size: int = option(8, range(1, 1025), "images at once elsewhere (our choice: fits a GPU)")
     lr: float = option(2e-3, None, "decoder, Adam and cosine (our choice: rebuilds well by then)")
@@ -162,17 +158,12 @@ class Config:
 
     def __post_init__(self):
         for one in fields(self):
-            value = getattr(self, one.name)
-            accepted = one.metadata["accepted"]
+            value, accepted = getattr(self, one.name), one.metadata["accepted"]
             values = value if one.type is tuple else [value]
-            fits = accepted is None or all(v in accepted for v in values)
-            if one.type is float:
-                fits = 0 <= value <= 1
-                accepted = "from 0 to 1"
-            elif isinstance(accepted, range):
-                accepted = f"from {accepted[0]} to {accepted[-1]} in steps of {accepted.step}"
-            if not fits:
-                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be {accepted}")
+            if accepted and not all(v in accepted for v in values):
+                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
+            if one.type is float and not 0 <= value <= 1:
+                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be from 0 to 1")
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
@@ -307,6 +298,7 @@ class PatchAE(nn.Module):
         self.config = config
         self.grid = config.image_size // config.patch_size
         self.backbone = make_backbone(config.backbone, config.layers)
+        self.backbone.requires_grad_(config.finetune_backbone)
         blank = torch.zeros(1, 3, config.image_size, config.image_size)
         c = self.features(blank).shape[1]                                 # C
         c3 = config.channels or c                                         # C₃
@@ -320,11 +312,10 @@ class PatchAE(nn.Module):
                 nn.init.zeros_(convolution.bias)
 
     def features(self, image):
-        """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W'); no gradient reaches a frozen backbone."""
+        """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
         image = normalise(image).contiguous(memory_format=torch.channels_last)  # faster
-        with torch.set_grad_enabled(self.config.finetune_backbone and torch.is_grad_enabled()):
-            maps = [temper_contrast(m) for m in self.backbone(image).values()]
-            return concatenate_scales(maps, self.grid, self.config.neighbourhood)
+        maps = [temper_contrast(m) for m in self.backbone(image).values()]
+        return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
     @property
     def device(self):
@@ -335,20 +326,6 @@ class PatchAE(nn.Module):
         """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
         r = represent(self.features(image), self.encoder)
         return r, rebuild(r, self.decoder)
-
-
-@torch.no_grad()
-def calibrate_batch_norm(backbone, batches):
-    """Set the statistics of random weights from normal images: without it they are of no use.
-
-    batches: an iterable of (B, 3, H, W) in [0, 1]. Our choice: needed for runs without a download.
-    """
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train().momentum = None  # the plain average over all batches
-    for image in batches:
-        backbone(normalise(image))
-    backbone.eval()
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -396,14 +373,13 @@ def build_memory(model, batches):
 
     batches: an iterable of (B, 3, H, W) in [0, 1]. A fraction below 1 is drawn by config.seed.
     """
-    rng = torch.Generator().manual_seed(model.config.seed)
+    torch.manual_seed(model.config.seed)
     memory = []
     for image in batches:
         for vectors in patch_vectors(model, image):                       # (P, C₃)
             P = len(vectors)
             n = max(1, math.ceil(P * model.config.memory_fraction))
-            kept = torch.randperm(P, generator=rng)[:n].to(vectors.device)
-            memory.append(vectors[kept])                                  # (n, C₃)
+            memory.append(vectors[torch.randperm(P)[:n]])                 # (n, C₃)
     return memory
 
 
@@ -426,40 +402,39 @@ def reconstruction_error(model, image):
 
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
-def exit_code(work, *arguments):
-    """work(*arguments) or 0; bad input or a full disk: one line on stderr and exit code 2."""
-    try:
-        return work(*arguments) or 0
-    except (UserError, OSError) as error:  # an OSError names its file itself
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+def exit_code(work):
+    """Decorator: work returns 0, or after bad input or a full disk 2, with one line on stderr."""
+    @wraps(work)
+    def guarded(*arguments):
+        try:
+            return work(*arguments) or 0
+        except (UserError, OSError) as error:  # an OSError names its file itself
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            return 2
+    return guarded
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the options that both scripts have; its errors are UserErrors."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
-        add = self.add_argument
-        add("--data", type=Path, help="data set: a folder with NAME/train/good")
-        add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or all")
-        add("--demo", action="store_true", help="the toy set, drawn if absent; needs no download")
-        add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
-        add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-
-    def error(self, message):
-        """Called by argparse for options that it cannot read."""
-        raise UserError(f"{message}; see --help")
+def make_parser(description):
+    """argparse with the options that both scripts have; what it cannot read ends with one line."""
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="data set: a folder with NAME/train/good")
+    add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or all")
+    add("--demo", action="store_true", help="the toy set, drawn if absent; needs no download")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    return parser
 
 
 def choose_device(name):
     """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
-    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [kind for kind in known if known[kind]] + ["cpu"]
-    name = there[0] if name == "auto" else name
-    if name not in there:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
-    torch.set_float32_matmul_precision("highest")  # TF32 would blur the distances of (E4)
     print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
     return torch.device(name)
 
@@ -481,26 +456,20 @@ def whole(path):
         raise UserError(f"{path}: cannot be written ({error}); choose another --out") from error
 
 
-def reason(error):
-    """What went wrong, in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
-
-
 def load_weights(backbone, name, source):
     """Fill the backbone by the download ("imagenet") or a file. UserError where it does not fit."""
     try:
         if source == "imagenet":
             published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             source = published.url
-            state = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+            state = published.get_state_dict(check_hash=True)
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
         missing = backbone.load_state_dict(state, strict=False).missing_keys  # layer4, fc: unused
         if missing:
-            raise LookupError(f"{missing[0]} is missing")
+            raise KeyError(missing[0])
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
-        raise UserError(f"--weights {source}: does not serve --backbone {name} ({reason(error)}); "
+        raise UserError(f"--weights {source}: does not serve --backbone {name} ({error!r:.99}); "
                         f"give a state-dict file, put the download into {torch.hub.get_dir()}"
                         "/checkpoints, or try random") from error
 
@@ -530,9 +499,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = PatchAE(Config(**content["config"]))
         model.load_state_dict(content["model"])
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-            raise ValueError("weights that are not finite")
         return model, content["images"].byte(), content["normal_scores"].float()
     except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
-        raise UserError(f"{path}: no checkpoint of this version ({reason(error)}); make it with "
+        raise UserError(f"{path}: no checkpoint of this version ({error!r:.99}); make it with "
                         "train.py, without --skip-finished") from error

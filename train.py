@@ -19,24 +19,24 @@ from torchvision.utils import save_image
 
 import patchae
 from data import make_toy
-from data.images import batches, choose_categories, list_images, read_images
+from data.images import batches, choose_categories, list_images, progress, read_images
 from patchae import Config, UserError
 
 REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
-HELD_OUT = 24  # our choice: images whose artificial defects are kept apart to measure `rebuilt`
+HELD_OUT = 24  # our choice: defected images that are kept apart to measure `rebuilt`
 DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
 LOG = ["step", "loss", "rebuilt", "seconds"]
 # our choice: no download. Random features fade with depth, so early stages, small patches and no
 # average; there is less in them to preserve, so that higher rates rebuild more
 DEMO = {"data": make_toy.ROOT, "category": ["all"], "backbone": "resnet18", "weights": "random",
-        "layers": (1, 2), "image_size": 128, "patch_size": 4, "neighbourhood": 1, "lr": 3e-3,
+        "layers": (1, 2), "image_size": 128, "patch_size": 4, "neighbourhood": 1, "lr": 5e-3,
         "encoder_lr": 1e-3}
 
 
 def parse(argv):
     """The command line: args, and the Config that its options make."""
-    parser = patchae.Parser(__doc__)
+    parser = patchae.make_parser(__doc__)
     parser.add_argument("--skip-finished", action="store_true",
                         help="leave out categories whose checkpoint has this configuration")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
@@ -51,21 +51,14 @@ def parse(argv):
     return args, Config(**{one.name: getattr(args, one.name) for one in dataclasses.fields(Config)})
 
 
-def defected_batch(images, chosen, defects=True):
-    """Normal images `chosen` of (N, 3, H, W) uint8 with artificial defects, and their masks.
+def with_defects(images, i):
+    """Image i of (N, 3, H, W) uint8 with artificial defects, pasted ones from another image.
 
-    Returns (B, 3, H, W) in [0, 1] and (B, 1, H, W) bool. A paste is taken from another image.
+    Returns it, (1, 3, H, W) in [0, 1], and the mask of its defects, (1, 1, H, W) bool.
     """
-    batch = []
-    for i in chosen:
-        image = images[i] / 255
-        mask = torch.zeros_like(image[:1], dtype=torch.bool)
-        if defects:
-            other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
-            image, mask = patchae.add_defects(image, images[other] / 255)
-        batch.append((image, mask))
-    defected, masks = zip(*batch)
-    return torch.stack(defected), torch.stack(masks)
+    other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
+    image, mask = patchae.add_defects(images[i] / 255, images[other] / 255)
+    return image[None], mask[None]
 
 
 @torch.no_grad()
@@ -79,17 +72,18 @@ def rebuild_images(model, images):
 def fit(model, images, held_out, name):
     """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns rows as LOG says."""
     config = model.config
-    groups = [{"params": model.decoder.parameters(), "lr": config.lr},
-              {"params": model.encoder.parameters(), "lr": config.encoder_lr}]
-    if config.finetune_backbone:
-        groups.append({"params": model.backbone.parameters(), "lr": config.backbone_lr})
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam([
+        {"params": model.decoder.parameters(), "lr": config.lr},
+        {"params": model.encoder.parameters(), "lr": config.encoder_lr},
+        {"params": model.backbone.parameters(), "lr": config.backbone_lr}])  # frozen: unmoved
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
     losses, log = [], []
     begin = time.monotonic()
     for step in range(1, config.steps + 1):
-        chosen = [random.randrange(len(images))]
-        image, mask = defected_batch(images, chosen, config.defects)
+        i = random.randrange(len(images))
+        image, mask = with_defects(images, i)
+        if not config.defects:
+            image, mask = images[i:i + 1] / 255, torch.zeros_like(mask)
         loss = patchae.training_loss(model, image.to(model.device), mask.to(model.device))
         optimizer.zero_grad()
         loss.backward()
@@ -103,13 +97,13 @@ def fit(model, images, held_out, name):
 
 
 def report(model, held_out, name, step, losses, seconds):
-    """Print how far training is; returns a row of the log. UserError where the loss diverged."""
+    """Print how far training is; returns a row of the log. UserError where it diverged."""
+    normal, defected, masks = held_out
     loss = sum(losses) / len(losses)
-    if not loss < DIVERGED:  # true of NaN, too
+    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
+    if not loss + rebuilt < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
-    normal, defected, masks = held_out
-    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
     left = seconds / step * (model.config.steps - step)
     print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {rebuilt:.3f}  "
           f"{left:.0f} s left", flush=True)
@@ -122,14 +116,14 @@ def normal_scores(model, images):
     images: (N, 3, H, W) uint8; n is at most config.threshold_images, spread evenly, and 0 where
     there is no other. The threshold is one of their quantiles.
     """
-    count = min(model.config.threshold_images, len(images)) if len(images) > 1 else 0
-    if not count:
+    most = model.config.threshold_images
+    if not most or len(images) < 2:
         return torch.empty(0)
-    known = batches(images, model.config.batch_size, model.device, "memory")
-    memory = patchae.build_memory(model, known)
-    chosen = [k * len(images) // count for k in range(count)]
+    parts = batches(images, model.config.batch_size, model.device, "memory")
+    memory = patchae.build_memory(model, parts)
     scores = []
-    for image, i in zip(batches(images[chosen], 1, model.device, "threshold"), chosen):
+    for i in progress(range(0, len(images), math.ceil(len(images) / most)), "threshold"):
+        image = images[i:i + 1].to(model.device) / 255
         anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
         scores.append(patchae.image_score(anomaly_map).item())
     return torch.tensor(scores)
@@ -143,6 +137,7 @@ def write_preview(path, held_out, rebuilt):
     save_image(cells.flatten(0, 1), path, nrow=len(columns), format="png")
 
 
+@patchae.exit_code
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
@@ -156,11 +151,9 @@ def train_category(name, args, config, device):
                         "replaced; choose another --out")
     images = read_images(list_images(args.data / name / "train" / "good"), config.image_size)
     model = patchae.build_model(config).to(device)
-    if config.weights == "random":
-        patchae.calibrate_batch_norm(
-            model.backbone, batches(images, config.batch_size, device, "statistics"))
     apart = [i % len(images) for i in range(HELD_OUT)]
-    held_out = (images[apart] / 255, *defected_batch(images, apart))
+    defected, masks = map(torch.cat, zip(*[with_defects(images, i) for i in apart]))
+    held_out = (images[apart] / 255, defected, masks)
     with patchae.whole(folder) as unfinished:
         unfinished.mkdir()
         log = fit(model, images, held_out, name)
@@ -172,19 +165,15 @@ def train_category(name, args, config, device):
     print(f"{name}: wrote {checkpoint}")
 
 
-def run(argv):
-    """Train every category that was asked for; one that fails is reported and the others go on."""
+@patchae.exit_code
+def main(argv=None):
+    """Train every category that was asked for; one that fails leaves the others. 0, or 2 then."""
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
     names = choose_categories(args.data, args.category)
-    return max(patchae.exit_code(train_category, name, args, config, device) for name in names)
-
-
-def main(argv=None):
-    """Returns the exit code: 0, or 2 where the input was at fault."""
-    return patchae.exit_code(run, argv)
+    return max([train_category(name, args, config, device) for name in names])
 
 
 if __name__ == "__main__":

@@ -214,9 +214,11 @@ def test_scores_metrics_and_pictures_by_another_route(workspace, capsys):
         run(evaluate.main, "--score", kind)
         maps = anomaly_maps(paths, kind)
         found = rows(f"runs/part/{kind}/scores.csv")
-        assert [(row["path"], row["label"]) for row in found] == [
-            (path.relative_to("data").as_posix(), path.parent.name) for path in paths]
-        scores = [float(row["score"]) for row in found]
+        ranking = [float(row["score"]) for row in found]
+        assert ranking == sorted(ranking, reverse=True)
+        found = {row["path"]: row for row in found}
+        assert [found[str(path)]["folder"] for path in paths] == [path.parent.name for path in paths]
+        scores = [float(found[str(path)]["score"]) for path in paths]
         assert scores == pytest.approx(image_scores(maps), rel=1e-3)
         results = rows("runs/results.csv")
         row, = [row for row in results if (row["category"], row["score"]) == ("part", kind)]
@@ -252,7 +254,7 @@ def test_threshold_is_the_quantile_of_leave_one_out_scores(workspace, capsys):
     assert float(found[1]) > 2 * float(found[0]) and len(found) == 3
     run(train.main, "--steps", 0, "--threshold-images", 0)
     run(evaluate.main, "--predict", TEST)
-    assert {row["is_anomalous"] for row in rows("runs/part/predictions/predictions.csv")} == {""}
+    assert {row["is_anomalous"] for row in rows("runs/part/predictions/scores.csv")} == {""}
 
 
 def scores_with(**options):
@@ -261,7 +263,8 @@ def scores_with(**options):
     content["config"].update(options)
     torch.save(content, CHECKPOINT)
     run(evaluate.main)
-    return np.array([float(row["score"]) for row in rows("runs/part/feature/scores.csv")])
+    return np.array([float(row["score"]) for row in sorted(
+        rows("runs/part/feature/scores.csv"), key=lambda row: row["path"])])
 
 
 def test_batches_do_not_change_scores_and_a_part_of_the_memory_does(workspace):
@@ -274,7 +277,7 @@ def test_batches_do_not_change_scores_and_a_part_of_the_memory_does(workspace):
     images = checkpoint()["images"] / 255
     memory = patchae.build_memory(model, [images[3:]])
     alone = torch.cat([patchae.score_maps(model, image[None], memory) for image in images[:3]])
-    assert patchae.score_maps(model, images[:3], memory).numpy() == pytest.approx(alone.numpy(), rel=1e-3)
+    assert patchae.score_maps(model, images[:3], memory).numpy() == pytest.approx(alone.numpy(), abs=2e-4)
 
 
 def test_results_csv_by_hand(tmp_path, capsys):
@@ -284,12 +287,12 @@ def test_results_csv_by_hand(tmp_path, capsys):
                 ["mean", "feature", 1.0, math.nan, 2.0]):
         folder = tmp_path / row[0] / row[1]
         folder.mkdir(parents=True)
-        evaluate.write_csv(folder / "result.csv", evaluate.RESULT, [[*row, 0, "resnet18", "random"]])
+        evaluate.write_csv(folder / "result.csv", evaluate.RESULT, [[*row, 3, 0, "resnet18", "random"]])
     evaluate.gather_results(tmp_path, "feature")
     assert [",".join(row.values()) for row in rows(tmp_path / "results.csv")] == [
-        "a,backbone,0.2,nan,1.0,0,resnet18,random", "a,feature,0.5,0.9,1.0,0,resnet18,random",
-        "mean,feature,1.0,nan,2.0,0,resnet18,random",
-        "mean,feature,0.75,0.9,1.5,,,", "mean,backbone,0.2,nan,1.0,,,"]
+        "a,backbone,0.2,nan,1.0,3,0,resnet18,random", "a,feature,0.5,0.9,1.0,3,0,resnet18,random",
+        "mean,feature,1.0,nan,2.0,3,0,resnet18,random",
+        "mean,feature,0.75,0.9,1.5,,,,", "mean,backbone,0.2,nan,1.0,,,,"]
     assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
         ["a", "feature", "50.0%", "90.0%", "1.000"], ["mean", "feature", "100.0%", "undefined", "2.000"],
         ["mean", "feature", "75.0%", "90.0%", "1.500"]]
@@ -308,7 +311,7 @@ def test_predictions(workspace):
     paths = [Path("photos", name) for name in (*names, "broad.JPG")]
     maps = anomaly_maps(paths)
     ranked = sorted(zip(image_scores(maps), paths, maps), key=lambda row: -row[0])
-    table, folder = rows("runs/part/predictions/predictions.csv"), Path("runs/part/predictions")
+    table, folder = rows("runs/part/predictions/scores.csv"), Path("runs/part/predictions")
     assert [row["path"] for row in table] == [str(path) for _, path, _ in ranked]
     assert [float(row["score"]) for row in table] == pytest.approx([row[0] for row in ranked], rel=1e-3)
     assert [row["is_anomalous"] for row in table] == [str(score > threshold) for score, _, _ in ranked]
@@ -318,7 +321,7 @@ def test_predictions(workspace):
         check_heatmap(folder / "heatmaps" / name, path, anomaly_map, threshold)
         check_column(folder / "overview.png", column, path)
     run(evaluate.main, "--predict", "photos/other.png")
-    row, = rows(folder / "predictions.csv")
+    row, = rows(folder / "scores.csv")
     assert row in table and row["path"] == str(Path("photos/other.png"))
     assert [path.name for path in (folder / "heatmaps").iterdir()] == ["other.png"]
 
@@ -330,20 +333,6 @@ def test_what_is_normal_does_not_glow_and_the_threshold_is_half_way():
         colour, opacity = evaluate.heat(levels, (1, 7), threshold)
         assert opacity[0, :, 0] == pytest.approx([0, 0, 0, 0.3, 0.6, 0.6, 0.6], abs=1e-5)
         assert colour[0, [0, 1, 3, 5, 6]] == pytest.approx(evaluate.COLOURS[[0, 0, 2, 4, 4]], abs=1e-2)
-
-
-def test_histogram_of_a_case_by_hand(tmp_path):
-    """4 good images score 1, 2 defective ones 3: blue at the left, twice as much as red at the right,
-    the line of threshold 2 between them."""
-    labels = np.array([False, True, False, False, True, False])
-    evaluate.write_histogram(tmp_path / "h.png", [1, 3, 1, 1, 3, 1], labels, 2)
-    picture = pixels(tmp_path / "h.png")[evaluate.MARGIN:-evaluate.MARGIN - 1]  # without text and floor
-    blue, red, black = (np.argwhere((picture == colour).all(axis=2)) for colour in (
-        (70, 130, 180), (178, 34, 34), (0, 0, 0)))
-    assert len(blue) == pytest.approx(2 * len(red), rel=0.05) and len(red) > 1000
-    x = [np.mean(places[:, 1]) for places in (blue, black, red)]
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=16) and x[1] - x[0] > 150  # a bar is 15 wide
-    assert np.ptp(blue[:, 1]) < 16 and np.ptp(black[:, 1]) < 3 and len(black) >= len(picture)
 
 
 # ---- both scripts, and what is written about them -----------------------------------------------
