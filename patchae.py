@@ -89,7 +89,7 @@ def scratch(other, h, w):
 
 
 def stain(other, h, w):
-    """A spot, cut out or fading, of coloured noise; if that is coarse, of one colour (our choice)."""
+    """A spot of coloured noise or, if that is coarse, of one colour (our choice)."""
     grain = random.randint(*GRAIN)
     cells = torch.rand(1, 3, math.ceil(h / grain), math.ceil(w / grain))
     paint = F.interpolate(cells, (h, w), mode="bilinear")[0]              # (3, h, w)
@@ -406,6 +406,7 @@ def exit_code(work):
     """Decorator: work returns 0, or after bad input or a full disk 2, with one line on stderr."""
     @wraps(work)
     def guarded(*arguments):
+        """What runs in its place."""
         try:
             return work(*arguments) or 0
         except (UserError, OSError) as error:  # an OSError names its file itself

@@ -26,7 +26,6 @@ REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
 HELD_OUT = 24  # our choice: defected images that are kept apart to measure `rebuilt`
 DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
-LOG = ["step", "loss", "rebuilt", "seconds"]
 # our choice: no download. Random features fade with depth, so early stages, small patches and no
 # average; there is less in them to preserve, so that higher rates rebuild more
 DEMO = {"data": make_toy.ROOT, "category": ["all"], "backbone": "resnet18", "weights": "random",
@@ -52,11 +51,8 @@ def parse(argv):
 
 
 def with_defects(images, i):
-    """Image i of (N, 3, H, W) uint8 with artificial defects, pasted ones from another image.
-
-    Returns it, (1, 3, H, W) in [0, 1], and the mask of its defects, (1, 1, H, W) bool.
-    """
-    other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)
+    """Image i of (N, 3, H, W) uint8 with defects: (1, 3, H, W) in [0, 1], and (1, 1, H, W) bool."""
+    other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)  # not i if N > 1
     image, mask = patchae.add_defects(images[i] / 255, images[other] / 255)
     return image[None], mask[None]
 
@@ -70,7 +66,7 @@ def rebuild_images(model, images):
 
 
 def fit(model, images, held_out, name):
-    """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns rows as LOG says."""
+    """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns a log."""
     config = model.config
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
@@ -113,8 +109,8 @@ def report(model, held_out, name, step, losses, seconds):
 def normal_scores(model, images):
     """The scores (E5) (n,) of normal images, each against the memory of all the others.
 
-    images: (N, 3, H, W) uint8; n is at most config.threshold_images, spread evenly, and 0 where
-    there is no other. The threshold is one of their quantiles.
+    images: (N, 3, H, W) uint8. At most config.threshold_images are scored, evenly spread; none
+    where there is no other.
     """
     most = model.config.threshold_images
     if not most or len(images) < 2:
@@ -159,7 +155,7 @@ def train_category(name, args, config, device):
         log = fit(model, images, held_out, name)
         write_preview(unfinished / "defects.png", held_out, rebuild_images(model, held_out[1]))
         with open(unfinished / "train.csv", "w", newline="") as file:
-            csv.writer(file).writerows([LOG, *log])
+            csv.writer(file).writerows([["step", "loss", "rebuilt", "seconds"], *log])
         scores = normal_scores(model, images)
         patchae.save_checkpoint(unfinished / "checkpoint.pt", model, images, scores)
     print(f"{name}: wrote {checkpoint}")

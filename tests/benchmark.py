@@ -68,14 +68,14 @@ def compare(work, floor, device, repeats):
 
 def drawing(model, images):
     """Artificial defects drawn into a batch: the work alone."""
-    return lambda: train.defected_batch(images, range(model.config.batch_size))
+    return lambda: [train.with_defects(images, i) for i in range(len(images))]
 
 
 def training(model, images):
     """A step of train.py on each image of a batch, the drawing and one report included."""
     model.config.steps = model.config.batch_size
     train.REPORTS = 1  # else so few steps would have a report, with its own forward, after each
-    held_out = (images[:1] / 255, *train.defected_batch(images, [0]))
+    held_out = (images[:1] / 255, *train.with_defects(images, 0))
 
     def work():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -90,7 +90,7 @@ def forward(model, images):
 
     @torch.inference_mode()
     def work():
-        model.backbone(batch.to(next(model.parameters()).device))
+        model.backbone(batch.to(model.device))
 
     return work
 
