@@ -40,9 +40,10 @@ def parse(argv):
                         help="leave out categories whose checkpoint has this configuration")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
     for one in dataclasses.fields(Config):
-        kind = kinds.get(one.type, {"type": one.type})
-        parser.add_argument("--" + one.name.replace("_", "-"), default=one.default, **kind,
-                            help=f"{one.metadata['help']} (default: {one.default})")
+        accepted = one.metadata["accepted"] or one.type.__name__
+        parser.add_argument("--" + one.name.replace("_", "-"), default=one.default,
+                            **kinds.get(one.type, {"type": one.type}),
+                            help=f"{one.metadata['help']}; {accepted} (default: {one.default})")
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)

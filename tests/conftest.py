@@ -1,7 +1,8 @@
-"""What the tests share: a tiny data set, a model trained on it, and a check for errors of one line."""
+"""What the tests share: a tiny data set, a model trained on it, a check for errors of one line."""
 import contextlib
 import io
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +16,14 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 
+train.HELD_OUT = train.PREVIEWS  # to save time
+OPTIONS = "--data data --out runs --category part --device cpu".split()
 TINY = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64", "--patch-size", "4",
-        "--layers", "1", "2", "--steps", "4", "--batch-size", "4",
-        "--threshold-images", "100", "--device", "cpu"]
+        "--layers", "1", "2", "--steps", "4", "--batch-size", "4", "--threshold-images", "100"]
+GOOD, TEST = Path("data/part/train/good"), Path("data/part/test")
+CHECKPOINT, SCORES = Path("runs/part/checkpoint.pt"), Path("runs/part/feature/scores.csv")
+MEAN, STD = (np.array(values)[:, None, None]  # ImageNet's
+             for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +72,31 @@ def fails(capsys, main, argv, *words):
         assert str(word) in lines[0], (word, lines[0])
 
 
+def watch(patch, owner, name):
+    """A list of all calls of owner.name from now on: (arguments, result)."""
+    function, calls = getattr(owner, name), []
+
+    def watching(*arguments):
+        result = function(*arguments)
+        calls.append((arguments, result))
+        return result
+
+    patch.setattr(owner, name, watching)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with data/part and runs/part/checkpoint.pt; tests copy it before they change it."""
-    workspace = tmp_path_factory.mktemp("trained")
-    draw_dataset(workspace / "data")
+    folder = tmp_path_factory.mktemp("trained")
+    draw_dataset(folder / "data")
+    paths = ["--data", str(folder / "data"), "--out", str(folder / "runs")]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert train.main([*TINY, "--data", str(workspace / "data"), "--category", "part",
-                           "--out", str(workspace / "runs")]) == 0
-    return workspace
+        assert train.main([*OPTIONS, *TINY, *paths]) == 0
+    return folder
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    """The current folder is a copy of the trained one that a test may change."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "copy"))
