@@ -33,30 +33,24 @@ def same_chance():
     torch.manual_seed(0)
 
 
-def draw_dataset(root, name="part", train=6, good=2, bad=2, size=64, suffix=".png"):
-    """A data set in the MVTec AD layout: a bright square on a ramp; defective ones have a hole."""
+def draw_dataset(root, name="part", train=6, good=2, bad=2):
+    """A data set in the MVTec AD layout: a bright square on a ramp; defective ones have a dark dent."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[:size, :size]
+    y, x = np.mgrid[:64, :64]
 
-    def save(image, *place):
-        path = root.joinpath(name, *place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+    def save(image, folder, file):
+        (root / name / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / name / folder / file)
 
-    def part():
-        image = np.stack([60 + x, 60 + y, np.full_like(x, 90)], axis=2).astype(float)
-        image[size // 4:-size // 4, size // 4:-size // 4] += 80
-        return image + rng.normal(0, 2, image.shape)
-
-    for folder, count in (("train", train), ("test", good)):
+    for folder, count in (("train/good", train), ("test/good", good), ("test/dent", bad)):
         for n in range(count):
-            save(part().clip(0, 255).astype(np.uint8), folder, "good", f"{n:03d}{suffix}")
-    for n in range(bad):
-        hole = np.hypot(x - size * rng.uniform(.4, .6), y - size * rng.uniform(.4, .6)) < size / 9
-        image = part()
-        image[hole] = 5
-        save(image.clip(0, 255).astype(np.uint8), "test", "hole", f"{n:03d}{suffix}")
-        save((hole * 255).astype(np.uint8), "ground_truth", "hole", f"{n:03d}_mask.png")
+            image = np.stack([60 + x, 60 + y, 90 + 0 * x], axis=2) + rng.normal(0, 2, (64, 64, 3))
+            image[16:-16, 16:-16] += 80
+            if folder == "test/dent":
+                dent = np.hypot(x - rng.uniform(26, 38), y - rng.uniform(26, 38)) < 7
+                image[dent] = 5
+                save(255 * dent, "ground_truth/dent", f"{n:03d}_mask.png")
+            save(image, folder, f"{n:03d}.png")
 
 
 def fails(capsys, main, argv, *words):
@@ -68,8 +62,7 @@ def fails(capsys, main, argv, *words):
         code = stop.code
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and len(lines) == 1 and "error: " in lines[0], lines
-    for word in words:
-        assert str(word) in lines[0], (word, lines[0])
+    assert all(str(word) in lines[0] for word in words), lines
 
 
 def watch(patch, owner, name):

@@ -1,8 +1,6 @@
 """One's own files: how they are read, what is refused without harm to older results; the toy set."""
 import errno
-import io
 import math
-import os
 import shutil
 import urllib.error
 from pathlib import Path
@@ -11,8 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import TINY, draw_dataset, fails
+from conftest import CHECKPOINT, GOOD, OPTIONS, SCORES, TEST, TINY, draw_dataset, fails
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -21,29 +18,13 @@ import patchae
 import train
 from data import images, make_toy
 
-OPTIONS = "--data data --out runs --category part --device cpu".split()
 UNTRAINED = [*TINY, "--steps", "0", "--threshold-images", "0"]  # where only the files matter
-GOOD, MASK = "data/part/train/good/", "data/part/ground_truth/hole/001_mask.png"
-CHECKPOINT, SCORES = "runs/part/checkpoint.pt", "runs/part/feature/scores.csv"
+MASK = Path("data/part/ground_truth/dent/001_mask.png")
 
 
 def contents(root="."):
     """All that is below a folder: {path: bytes, or False for a folder}."""
     return {path: path.is_file() and path.read_bytes() for path in Path(root).rglob("*")}
-
-
-def encoded(image, form):
-    """The bytes of an image file."""
-    file = io.BytesIO()
-    image.save(file, format=form)
-    return file.getvalue()
-
-
-@pytest.fixture
-def workspace(trained, tmp_path, monkeypatch):
-    """The current folder is a copy of the trained workspace that a test may change."""
-    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "copy"))
-    monkeypatch.setattr(train, "HELD_OUT", 1)  # to save time
 
 
 @pytest.fixture
@@ -71,85 +52,41 @@ def test_images_of_all_suffixes_are_found_at_any_depth_and_nothing_else(tmp_path
     assert all(abs(np.array(images.read_image(path)) - 77.).max() <= 1 for path in found)
 
 
-def halves(mode, left, right, size=(64, 64)):
-    """An image with a colour in each half; of a palette the colours 0 and 1."""
-    image = Image.new(mode, size, left)
-    if mode == "P":
-        image.putpalette([10, 20, 30, 200, 100, 50])
-    image.paste(right, (size[0] // 2, 0, *size))
-    return image
-
-
-@pytest.mark.parametrize("image, more, left, right", [
-    (halves("L", 0, 100), {}, (0, 0, 0), (100, 100, 100)),
-    (halves("1", 0, 1), {}, (0, 0, 0), (255, 255, 255)),
-    (halves("P", 0, 1), {}, (10, 20, 30), (200, 100, 50)),
-    (halves("P", 0, 1), {"transparency": 0}, (255, 255, 255), (200, 100, 50)),
-    (halves("RGBA", (200, 0, 0, 51), (0, 9, 0, 255)), {}, (244, 204, 204), (0, 9, 0)),
-    (halves("LA", (0, 0), (40, 255)), {}, (255, 255, 255), (40, 40, 40)),
-    (halves("CMYK", (0, 255, 255, 0), (0, 0, 0, 128)), {"quality": 95}, (255, 0, 0), (127, 127, 127)),
-], ids=lambda value: getattr(value, "mode", ""))
-def test_every_kind_of_8_bit_image_becomes_the_rgb_that_one_sees(tmp_path, image, more, left, right):
-    """Transparency is laid on white, by as much as it is transparent."""
-    path = tmp_path / ("image.jpg" if image.mode == "CMYK" else "image.png")
-    image.save(path, **more)
+@pytest.mark.parametrize("mode, colour, more, seen", [
+    ("L", 100, {}, (100, 100, 100)), ("1", 1, {}, (255, 255, 255)),
+    ("P", 0, {}, (0, 0, 0)), ("P", 0, {"transparency": 0}, (255, 255, 255)),
+    ("RGBA", (200, 0, 0, 51), {}, (244, 204, 204)), ("CMYK", (0, 255, 255, 0), {}, (255, 0, 0))])
+def test_every_kind_of_8_bit_image_becomes_the_rgb_that_one_sees(tmp_path, mode, colour, more, seen):
+    """Transparency is laid on white: red 200 with α = 51/255 becomes 0.2 · 200 + 0.8 · 255 = 244."""
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new(mode, (8, 8), colour).save(path, **more)
     pixels = np.array(images.read_image(path), dtype=float)
-    assert pixels.shape == (64, 64, 3)
-    assert abs(pixels[:, :24] - left).max() <= 3 and abs(pixels[:, -24:] - right).max() <= 3
+    assert pixels.shape == (8, 8, 3) and abs(pixels - seen).max() <= 1
 
 
-def nearest(mask, size):
-    """Nearest sampling by index arithmetic: the value at the middle of each target pixel."""
-    rows, columns = (((np.arange(size) + 0.5) * n / size).astype(int) for n in mask.shape)
-    return mask[rows][:, columns]
-
-
-UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-           7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_a_cameras_orientation_is_applied_to_images_and_masks(tmp_path, orientation):
-    """EXIF orientations against numpy's rotations and mirrors."""
-    stored = np.random.default_rng(0).integers(0, 2, (48, 64, 1)).repeat(3, axis=2).astype(np.uint8)
+def test_a_cameras_orientation_is_applied_to_images_and_masks(tmp_path):
+    """A camera on its side, EXIF orientation 6, against numpy's rotation."""
+    stored = np.random.default_rng(0).integers(0, 2, (64, 64, 1)).repeat(3, axis=2).astype(np.uint8)
     exif, path = Image.Exif(), tmp_path / "image.png"
-    exif[0x0112] = orientation
+    exif[0x0112] = 6
     Image.fromarray(stored).save(path, exif=exif)
-    upright = UPRIGHT[orientation](stored)
-    assert np.array_equal(images.read_image(path), upright)
-    assert np.array_equal(images.read_mask(path, path, 64), nearest(upright[..., 0] > 0, 64))
+    assert np.array_equal(images.read_image(path), np.rot90(stored, -1))
+    assert np.array_equal(images.read_mask(path, path, 64), np.rot90(stored[..., 0], -1) > 0)
 
 
-def test_images_are_resized_whole(tmp_path):
-    """Both ends of a broad image are in the network's input, an eighth each: no crop, no padding."""
-    image = Image.new("RGB", (96, 40), (90, 90, 90))
-    image.paste((200, 0, 0), (0, 0, 12, 40))
-    image.paste((0, 0, 200), (84, 0, 96, 40))
-    image.save(tmp_path / "broad.png")
-    image, = images.read_images([tmp_path / "broad.png"], 64)
-    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
-    for place, colour in ((np.s_[:7], (200, 0, 0)), (np.s_[9:-9], (90, 90, 90)), (np.s_[-7:], (0, 0, 200))):
-        assert (image[:, :, place] == torch.tensor(colour)[:, None, None]).all()
-
-
-MASKS = {"8-bit value 1": lambda mask: Image.fromarray(mask.astype(np.uint8)),
-         "16-bit value 256": lambda mask: Image.fromarray(mask.astype(np.uint16) * 256),
-         "palette": lambda mask: Image.fromarray(mask).convert("P"),
-         "white, transparent but for the defect": lambda mask: Image.merge(
-             "LA", [Image.new("L", mask.shape, 255), Image.fromarray(mask).convert("L")])}
-
-
-@pytest.mark.parametrize("side", [64, 100, 256])
-@pytest.mark.parametrize("kind", MASKS)
-def test_any_value_but_zero_is_a_defect(tmp_path, kind, side):
-    """The mask read is the disc drawn, resized by nearest sampling."""
-    y, x = np.mgrid[:side, :side]
-    disc = np.hypot(x - side * 0.4, y - side * 0.55) < side / 8
-    MASKS[kind](disc).save(tmp_path / "mask.png")
-    Image.new("RGB", (side, side)).save(tmp_path / "image.png")
-    read = images.read_mask(tmp_path / "mask.png", tmp_path / "image.png", 64)
-    assert read.dtype == torch.bool and np.array_equal(read, nearest(disc, 64))
+def test_any_value_but_zero_is_a_defect(tmp_path):
+    """The mask read is the disc drawn; at half its size, every second pixel of it. Its value is 1 of 8 bits,
+    or 256 of 16, or the mask is white and transparent but for the defect."""
+    y, x = np.mgrid[:128, :128]
+    disc = np.hypot(x - 51, y - 70) < 16
+    white = Image.new("L", (128, 128), 255)
+    Image.new("RGB", (128, 128)).save(tmp_path / "image.png")
+    for mask in (Image.fromarray(disc.astype(np.uint8)), Image.fromarray(disc.astype(np.uint16) * 256),
+                 Image.merge("LA", [white, Image.fromarray(disc).convert("L")])):
+        mask.save(tmp_path / "mask.png")
+        for size, expected in ((128, disc), (64, disc[1::2, 1::2])):
+            read = images.read_mask(tmp_path / "mask.png", tmp_path / "image.png", size)
+            assert read.dtype == torch.bool and np.array_equal(read, expected)
 
 
 @pytest.mark.parametrize("name", ["003_mask.png", "003.png", "003_mask.TIFF"])
@@ -167,28 +104,27 @@ def test_a_mask_is_found_by_the_name_of_its_image(tmp_path, name):
 
 def test_an_image_without_a_mask_is_no_part_of_pixel_auroc(workspace, capsys):
     """Left out, not counted as normal; with black masks or none it is undefined. All this is said."""
-    part, kept, maps = Path("data/part"), [0, 1, 3], torch.rand(4, 16, 16)
-    Path(MASK).with_name("000_mask.png").unlink()
+    kept, maps = [1, 2, 3], torch.rand(4, 16, 16)  # in the order of their paths
+    MASK.with_name("000_mask.png").unlink()
     large = [Image.fromarray(maps[i].numpy()).resize((64, 64), Image.BILINEAR) for i in kept]
     truth = np.zeros((3, 64, 64), bool)
-    truth[2] = np.array(Image.open(MASK)) > 0
+    truth[0] = np.array(Image.open(MASK)) > 0
     expected = roc_auc_score(truth.ravel(), np.stack(large).ravel())
-    assert evaluate.pixel_auroc(images.list_test(part), maps, 64) == pytest.approx(expected, abs=1e-6)
+    assert evaluate.pixel_auroc(images.list_test(TEST.parent), maps, 64) == pytest.approx(expected, abs=1e-6)
     assert "1 defective images have no mask" in capsys.readouterr().out
     Image.new("L", (64, 64)).save(MASK)
-    for remove in (False, True):
-        if remove:
-            shutil.rmtree("data/part/ground_truth")
-        assert math.isnan(evaluate.pixel_auroc(images.list_test(part), maps, 64))
-        assert "pixel AUROC: undefined" in capsys.readouterr().out
+    assert math.isnan(evaluate.pixel_auroc(images.list_test(TEST.parent), maps, 64))
+    MASK.unlink()
+    assert math.isnan(evaluate.pixel_auroc(images.list_test(TEST.parent), maps, 64))
+    assert capsys.readouterr().out.count("pixel AUROC: undefined") == 2
 
 
-@pytest.mark.parametrize("gone, missing", [("good", "good"), ("hole", "defective")])
+@pytest.mark.parametrize("gone, missing", [("good", "good"), ("dent", "defective")])
 def test_auroc_of_test_images_of_one_kind_is_undefined(workspace, capsys, gone, missing):
     """Scores are written all the same, and the output says which images are missing."""
-    shutil.rmtree(f"data/part/test/{gone}")
+    shutil.rmtree(TEST / gone)
     assert evaluate.main(OPTIONS) == 0
-    assert len(Path(SCORES).read_text().splitlines()) == 3
+    assert len(SCORES.read_text().splitlines()) == 3
     assert f"image AUROC: undefined (test/ has no {missing} images)" in capsys.readouterr().out
     assert "part,feature,nan," in Path("runs/results.csv").read_text()
 
@@ -198,31 +134,26 @@ NOISE = Image.effect_noise((64, 64), 50)
 
 
 @pytest.mark.parametrize("main, argv, path, content, remedy", [
-    *((main, argv, GOOD + name, content, remedy)
-      for main, argv in ((train.main, ""), (evaluate.main, "--predict " + GOOD))
-      for name, content, remedy in (
-          ("cut.png", encoded(NOISE, "PNG")[:2000], "repair"), ("empty.png", b"", "repair"),
-          ("cut.jpg", encoded(NOISE, "JPEG")[:1000], "repair"), ("text.png", b"text" * 99, "repair"),
-          ("grey16.png", encoded(Image.new("I;16", (64, 64), 40000), "PNG"), "8 bits"),
-          ("float.tif", encoded(Image.new("F", (64, 64), 0.5), "TIFF"), "8 bits"),
-          ("tiny.png", encoded(NOISE.resize((64, 3)), "PNG"), "larger images"))),
-    (evaluate.main, "", "data/part/test/stray.png", encoded(NOISE, "PNG"), "move"),
-    (evaluate.main, "", MASK, encoded(NOISE.resize((32, 65)), "PNG"), "32 × 65 pixels, its image 64 × 64"),
-    (train.main, "--weights junk.pth", "junk.pth", b"<html>not found</html>", "state-dict file"),
-    (train.main, "--weights none.pth", "none.pth", None, "state-dict file"),
-    (evaluate.main, "", CHECKPOINT, None, "train.py"), (evaluate.main, "", CHECKPOINT, 5000, "train.py"),
-    (evaluate.main, "", CHECKPOINT, b"junk" * 99, "train.py"),
-    (train.main, "--out file", "file", b"in the way", "--out"),
-    (evaluate.main, "", "runs/part/feature", b"in the way", "--out"),
-], ids=lambda value: value if isinstance(value, str) else "")
+    *((train.main, "", GOOD / name, content, remedy) for name, content, remedy in (
+        ("grey16.png", Image.new("I;16", (64, 64), 40000), "8 bits"),
+        ("tiny.png", NOISE.resize((64, 3)), "larger images"))),
+    (evaluate.main, f"--predict {GOOD}", GOOD / "text.png", b"text" * 99, "repair"),
+    (evaluate.main, "", TEST / "stray.png", NOISE, "move"),
+    (evaluate.main, "", MASK, NOISE.resize((32, 65)), "32 × 65 pixels, its image 64 × 64"),
+    (train.main, "--weights junk.pth", Path("junk.pth"), b"<html>not found</html>", "state-dict file"),
+    (train.main, "--weights none.pth", Path("none.pth"), None, "state-dict file"),
+    (evaluate.main, "", CHECKPOINT, None, "train.py"),
+    (train.main, "--out file", Path("file"), b"in the way", "--out"),
+    (evaluate.main, "", SCORES.parent, b"in the way", "--out")],
+    ids=lambda value: str(value) if isinstance(value, (str, Path)) else "")
 def test_a_file_that_cannot_be_used(refused, main, argv, path, content, remedy):
-    """It is named with the remedy. content: bytes, None for no file, a number of bytes to cut it to."""
-    if isinstance(content, bytes):
-        Path(path).write_bytes(content)
+    """It is named with the remedy. content: an image, the bytes of the file, or None for no file."""
+    if isinstance(content, Image.Image):
+        content.save(path)
     elif content:
-        os.truncate(path, content)
+        path.write_bytes(content)
     else:
-        Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     refused(main, argv.split(), path, remedy)
 
 
@@ -233,22 +164,21 @@ def test_foreign_weights_and_checkpoints(refused, monkeypatch):
     Path("torch/hub/checkpoints").mkdir(parents=True)
     refused(train.main, ["--weights", "imagenet"], "https://download.pytorch.org/models/resnet18",
             "offline", Path("torch/hub/checkpoints"), "random")
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if "layer1" in name}, "18.pth")
+    torch.save({}, "empty.pth")
+    refused(train.main, ["--weights", "empty.pth"], "empty.pth", "conv1.weight")
+    torch.save(patchae.make_backbone("resnet18", (2,)).state_dict(), "18.pth")
     refused(train.main, "--weights 18.pth --backbone resnet50".split(), "18.pth", "resnet50")
-    refused(train.main, ["--weights", "18.pth"], "18.pth", "conv1.weight")
     torch.save({"epoch": 3}, CHECKPOINT)
     refused(evaluate.main, [], CHECKPOINT, "train.py")
 
 
-@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["train", "evaluate"])
-def test_wrong_folders(refused, main):
+@pytest.mark.parametrize("main, folder", [(train.main, GOOD), (evaluate.main, TEST)])
+def test_wrong_folders(refused, main, folder):
     """No such folder, a category in place of its parent, unknown categories, no images."""
     draw_dataset(Path("data"), "other", train=1, good=1, bad=1)
     refused(main, ["--data", "no"], "--data no", "NAME/train/good")
     refused(main, ["--data", "data/part"], "data/part", "parent")
     refused(main, ["--category", "part", "nix"], "nix", "other, part")
-    folder = Path("data/part/train/good" if main is train.main else "data/part/test")
     shutil.rmtree(folder)
     folder.mkdir()
     refused(main, [], folder, ".png")
@@ -256,12 +186,10 @@ def test_wrong_folders(refused, main):
 
 @pytest.mark.parametrize("main, argv", [
     *((train.main, argv) for argv in (
-        "--image-size 100", "--neighbourhood 2", "--layers 0 2", "--layers 7", "--patch-size 5",
-        "--lr 2", "--lr nan", "--steps -1", "--batch-size 0", "--seed -1", "--steps many",
-        "--memory-fraction 2", "--backbone vgg", "--device tpu", "--device cuda", "--none", "--out data")),
+        "--image-size 100", "--neighbourhood 2", "--layers 0 2", "--lr 2", "--lr nan", "--steps -1",
+        "--steps many", "--backbone vgg", "--device tpu", "--device cuda", "--none", "--out data")),
     *((evaluate.main, argv) for argv in (
-        "--quantile 0", "--quantile 1.01", "--quantile nan", "--score nothing", "--device cuda"))],
-    ids=lambda value: value if isinstance(value, str) else "")
+        "--quantile 0", "--quantile 1.01", "--quantile nan", "--score nothing"))])
 def test_options_out_of_range(refused, monkeypatch, main, argv):
     """Refused by name before anything is done; so are a device that is not there, and an --out where
     results would replace the data set itself."""
@@ -271,6 +199,7 @@ def test_options_out_of_range(refused, monkeypatch, main, argv):
 
 FULL = {"side_effect": OSError(errno.ENOSPC, "No space left on device")}
 DIVERGED = {"return_value": torch.tensor(math.nan, requires_grad=True)}
+CTRL_C = {"side_effect": KeyboardInterrupt}
 
 
 @pytest.mark.parametrize("main, owner, name, what, words", [
@@ -278,48 +207,45 @@ DIVERGED = {"return_value": torch.tensor(math.nan, requires_grad=True)}
     (train.main, Image.Image, "save", FULL, "No space left"),  # defects.png
     (evaluate.main, Image.Image, "save", FULL, "No space left"),  # a heatmap
     (train.main, patchae, "training_loss", DIVERGED, "the loss is nan at step 1; use a smaller --lr"),
-    (train.main, patchae, "training_loss", {"side_effect": KeyboardInterrupt}, None),
-    (evaluate.main, evaluate, "write_overview", {"side_effect": KeyboardInterrupt}, None)],
-    ids=lambda value: value if isinstance(value, str) else "")
+    (train.main, patchae, "training_loss", CTRL_C, None),
+    (evaluate.main, evaluate, "write_overview", CTRL_C, None)])
 def test_what_stops_half_way_leaves_the_results_before(refused, monkeypatch, main, owner, name, what, words):
     """A full disk, a loss of nan, Ctrl-C: all is as it was, byte for byte, and nothing unfinished is left."""
-    assert main is train.main or evaluate.main(OPTIONS) == 0
-    before, argv = contents(), ["--steps", "1"] if main is train.main else []
+    argv = [*TINY, "--steps", "1"] if main is train.main else []
+    assert argv or evaluate.main(OPTIONS) == 0
+    before = contents()
     monkeypatch.setattr(owner, name, Mock(**what))
     if words:
         refused(main, argv, "part", words)
     else:
         with pytest.raises(KeyboardInterrupt):
-            main([*OPTIONS, *(TINY if argv else []), *argv])
-    assert contents() == before
+            main([*OPTIONS, *argv])
+        assert contents() == before
 
 
 def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
-    """The others are trained and scored, exit code 2, and the mean is of those that ran."""
+    """The others are trained and scored, and the exit code is 2."""
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         draw_dataset(Path("data"), name, train=2)
     Path("data/b/train/good/001.png").write_bytes(b"")
-    shutil.copy("data/c/test/hole/000.png", "data/c/test/good")  # so that c has another AUROC
     fails(capsys, train.main, [*OPTIONS, *UNTRAINED, "--category", *"abc"], "data/b/train/good/001.png")
     assert sorted(path.name for path in Path("runs").iterdir()) == ["a", "c"]
     fails(capsys, evaluate.main, [*OPTIONS, "--category", *"abc"], "runs/b/checkpoint.pt")
-    rows = [line.split(",") for line in Path("runs/results.csv").read_text().splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["a", "feature"], ["c", "feature"], ["mean", "feature"]]
-    a, c, mean = (np.array(row[2:5], float) for row in rows)
-    assert a[0] != c[0] and mean == pytest.approx((a + c) / 2)
+    table = Path("runs/results.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["category", "a", "c", "mean"]
 
 
 @pytest.mark.parametrize("number", range(16))
 def test_damaged_bytes_end_in_a_result_or_in_one_line(workspace, capsys, number):
     """Fuzzing: a PNG, JPEG or checkpoint cut, flipped or replaced; never a traceback."""
     main, path, result = [
-        (train.main, GOOD + "000.png", CHECKPOINT), (evaluate.main, "data/part/test/hole/001.png", SCORES),
+        (train.main, GOOD / "000.png", CHECKPOINT), (evaluate.main, TEST / "dent/001.png", SCORES),
         (evaluate.main, MASK, SCORES), (evaluate.main, CHECKPOINT, SCORES)][number % 4]
     if number in (0, 4, 5, 13):  # Pillow looks at the content, not at the suffix
-        Path(path).write_bytes(encoded(Image.open(path), "JPEG"))
+        Image.open(path).copy().save(path, "JPEG")
     rng = np.random.default_rng([20230801, number])
-    content = bytearray(Path(path).read_bytes())
+    content = bytearray(path.read_bytes())
     way = number // 4  # each way with each file
     if way == 0:
         content = content[:rng.integers(len(content))]
@@ -328,14 +254,14 @@ def test_damaged_bytes_end_in_a_result_or_in_one_line(workspace, capsys, number)
     else:  # headers are small: half of the time only they are hit
         for i in rng.integers(len(content) if way == 2 else 100, size=8):
             content[i] ^= int(rng.integers(1, 256))
-    Path(path).write_bytes(content)
+    path.write_bytes(content)
     before = contents()
     code = main([*OPTIONS, *(UNTRAINED if main is train.main else [])])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     if code == 0:
-        assert not lines and contents()[Path(result)] != before.get(Path(result))
+        assert not lines and contents()[result] != before.get(result)
     else:
-        assert code == 2 and len(lines) == 1 and path in lines[0] and contents() == before
+        assert code == 2 and len(lines) == 1 and str(path) in lines[0] and contents() == before
 
 
 # ---- the toy set --------------------------------------------------------------------------------
@@ -349,17 +275,15 @@ def test_the_toy_set(tmp_path, monkeypatch):
         monkeypatch.setattr(make_toy, name, count)
     monkeypatch.chdir(tmp_path)
     make_toy.draw_if_absent(Path("set"))
-    for folder, name, seed in (("same", "felt", 0), ("same", "flange", 0), ("other", "felt", 1)):
-        make_toy.draw_category(Path(folder), name, seed)
-    places = [f"{name}/{place}" for name in KINDS for place in (
-        "train/good/000.png", "train/good/001.png", "test/good/000.png",
-        *(f"test/{kind}/000.png" for kind in KINDS[name]),
-        *(f"ground_truth/{kind}/000_mask.png" for kind in KINDS[name]))]
-    assert sorted(path for path in Path("set").rglob("*.*")) == sorted(Path("set", p) for p in places)
-    for place in places:
-        drawn, same, other = (Path(folder, place) for folder in ("set", "same", "other"))
-        assert Image.open(drawn).size == (256, 256) and same.read_bytes() == drawn.read_bytes()
-        assert place.startswith("flange") or other.read_bytes() != drawn.read_bytes()
+    drawn = {path: content for path, content in contents("set").items() if content}
+    expected = [f"{name}/{place}.png" for name, kinds in KINDS.items() for place in (
+        "train/good/000", "train/good/001", "test/good/000", *(f"test/{kind}/000" for kind in kinds),
+        *(f"ground_truth/{kind}/000_mask" for kind in kinds))]
+    assert sorted(drawn) == sorted(Path("set", place) for place in expected)
+    assert {Image.open(path).size for path in drawn} == {(256, 256)}
+    for name, seed in (("felt", 0), ("flange", 1)):
+        make_toy.draw_category(Path("set"), name, seed)
+    assert all((path.read_bytes() == content) == ("felt" in path.parts) for path, content in drawn.items())
 
 
 def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch):
@@ -369,12 +293,12 @@ def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch):
     monkeypatch.setattr(make_toy, "TRAIN", 0)
     monkeypatch.setattr(make_toy, "GOOD", 0)
     monkeypatch.setattr(make_toy, "expose", lambda image, rng: image.round().clip(0, 255).astype(np.uint8))
-    for name, (_, defects) in make_toy.CATEGORIES.items():
+    samples = []
+    for name, (_, defects) in list(make_toy.CATEGORIES.items()):
         drawing = (lambda rng: np.full((256, 256, 3), 148.), defects)
         monkeypatch.setitem(make_toy.CATEGORIES, name, drawing)
-    for name in KINDS:
         make_toy.draw_category(tmp_path, name)
-    samples = [sample for name in KINDS for sample in images.list_test(tmp_path / name)]
+        samples += images.list_test(tmp_path / name)
     assert len(samples) == 64
     for path, kind, mask_path in samples:
         change = abs(np.array(Image.open(path), dtype=int) - 148).max(axis=2)
@@ -391,17 +315,16 @@ def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch):
 
 def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
     """A category is there whole or not at all; the next run draws what is missing and no more."""
-    drawn = []
-
     def draw(folder, name):
         (folder / name).mkdir(parents=True)
-        drawn.append(name)
-        if drawn == ["flange", "felt"]:
+        if draw_category.call_count == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(make_toy, "draw_category", draw)
+
+    draw_category = Mock(side_effect=draw)
+    monkeypatch.setattr(make_toy, "draw_category", draw_category)
     with pytest.raises(KeyboardInterrupt):
         make_toy.draw_if_absent(tmp_path / "toy")
     assert [path.name for path in (tmp_path / "toy").iterdir()] == ["flange"]
     make_toy.draw_if_absent(tmp_path / "toy")
-    assert drawn == ["flange", "felt", "felt"]
+    assert [call.args[1] for call in draw_category.call_args_list] == ["flange", "felt", "felt"]
     assert sorted(contents(tmp_path)) == [tmp_path / p for p in ("toy", "toy/felt", "toy/flange")]
