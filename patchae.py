@@ -260,8 +260,8 @@ def rebuild(r, decoder):
 def reconstruction_loss(rebuilt, patches):
     """(E3) L = 1/(P · 3p²) Σ_ij ‖Î_ij − I_ij‖², I being the image with artificial defects (paper).
 
-    rebuilt, patches: (B, 3p², H', W') or (n, 3p²), normalised (our choice: unit variance suits the
-    step size). Of several images the mean of their L.
+    rebuilt, patches: all values of the patches of one image or of several, in the same order,
+    normalised (our choice: unit variance suits the step size).
     """
     return (rebuilt - patches).square().mean()                            # ()
 
@@ -335,16 +335,14 @@ def training_loss(model, image, mask):
     image: (B, 3, H, W) in [0, 1], with its defects, is input and target (paper); mask: (B, 1, H, W)
     bool, empty: (E3) alone. Our choice: few patches have a defect, and those are the hard ones.
     """
-    p = model.config.patch_size
-    share = model.config.defect_share
-    patches = patchify(image, p)                                          # (B, 3p², H', W')
-    _, rebuilt = model(image)                                             # (B, 3p², H', W')
+    config = model.config
+    patches = patchify(image, config.patch_size).movedim(1, -1)           # (B, H', W', 3p²)
+    rebuilt = model(image)[1].movedim(1, -1)                              # (B, H', W', 3p²)
     loss = reconstruction_loss(rebuilt, patches)
-    defective = F.max_pool2d(mask.float(), p)[:, 0] > 0                   # (B, H', W')
+    defective = F.max_pool2d(mask.float(), config.patch_size)[:, 0] > 0   # (B, H', W')
     if defective.any():
-        patches = patches.movedim(1, -1)[defective]                       # (n, 3p²)
-        rebuilt = rebuilt.movedim(1, -1)[defective]                       # (n, 3p²)
-        loss = (1 - share) * loss + share * reconstruction_loss(rebuilt, patches)
+        there = reconstruction_loss(rebuilt[defective], patches[defective])
+        loss = (1 - config.defect_share) * loss + config.defect_share * there
     return loss                                                           # ()
 
 
@@ -429,15 +427,15 @@ def make_parser(description):
 
 
 def choose_device(name):
-    """The torch device for "auto" (cuda, else mps, else cpu) or a name; printed. UserError."""
+    """The torch device, printed; for "auto" the first of cuda, mps and cpu. UserError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
-        raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
-    print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
-    return torch.device(name)
+    for kind in there:
+        if there[kind] and name in (kind, "auto"):
+            threads = torch.get_num_threads()
+            print(f"device: {kind} ({threads} CPU threads), torch {torch.__version__}")
+            return torch.device(kind)
+    raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
 
 
 @contextmanager

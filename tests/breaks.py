@@ -197,7 +197,7 @@ BREAKS = [
      "    if defective.any():\n", "    if False:\n",
      "defects are a small part of the loss and stay badly rebuilt", [MODEL]),
     ("other-patches-than-features", "patchae.py",
-     "patches = patches.movedim(1, -1)[defective] ", "patches = patches.movedim(1, -1)[defective].flip(0) ",
+     "(rebuilt[defective], patches[defective])", "(rebuilt[defective], patches[defective].flip(0))",
      "a vector learns to draw another place's patch", [MODEL]),
     ("no-schedule", "train.py",
      "        schedule.step()\n", "",
