@@ -47,11 +47,11 @@ def parse(argv):
     add = parser.add_argument
     add("--predict", type=Path, metavar="PATH", help="score this image or folder; needs no labels")
     add("--score", choices=SCORES, default="feature",
-        help="distance in R (default), in the raw backbone features, or reconstruction error")
+        help="distance in R (default; it alone has a threshold), in Φ, or reconstruction error")
     add("--quantile", type=float, default=0.99, metavar="Q",
         help="the threshold is this quantile of the normal images' scores, each against the memory "
         "without itself (default: 0.99; our choice: a false alarm in a hundred)")
-    if parser.parse_args(argv).demo:
+    if parser.parse_args(argv).demo:  # an option that is given beside --demo still wins
         parser.set_defaults(data=make_toy.ROOT, category=["all"])
     args = parser.parse_args(argv)
     if not 0 < args.quantile <= 1:
@@ -63,7 +63,7 @@ def parse(argv):
 def prepare(name, args, device):
     """The model, the memory (None for reconstruction) and the threshold (NaN if there is none)."""
     model, images, normal_scores = patchae.load_checkpoint(args.out / name / "checkpoint.pt")
-    model.to(device).eval()
+    model.to(device)
     memory = None
     if args.score == "backbone":
         model.encoder = torch.nn.Identity()  # R = Φ: what training must beat
@@ -79,7 +79,7 @@ def prepare(name, args, device):
 
 
 def score_images(paths, model, memory):
-    """The anomaly maps (N, H', W') of image files, on the CPU, and the seconds for each."""
+    """The anomaly maps (N, H', W') of image files, and the seconds for each after reading."""
     images = read_images(paths, model.config.image_size)
     at_once = 1 if model.device.type == "cpu" else model.config.batch_size  # so the cache holds it
     begin = time.monotonic()
@@ -170,8 +170,8 @@ def write_csv(path, header, rows):
 def write_results(folder, root, paths, maps, threshold, shown, truths):
     """A table, a heatmap of each image under the name that it has below root, an overview.
 
-    shown: the numbers of the overview's columns; truths: their masks, or none. Returns the rows of
-    the table, most anomalous first; is_anomalous is empty without a threshold.
+    shown: which of paths the overview shows; truths: their masks, or none. Returns the rows of the
+    table, most anomalous first; is_anomalous is empty without a threshold.
     """
     scores = patchae.image_score(maps).tolist()
     # half-way on the colour scale is the threshold; without one, the largest score is its end
@@ -207,9 +207,9 @@ def evaluate_category(name, args, device):
     defective = np.array([kind != "good" for kind in kinds])
     maps, seconds = score_images(paths, model, memory)
     scores = patchae.image_score(maps).numpy()
-    image = auroc(defective, scores)
-    pixel = pixel_auroc(samples, maps, config.image_size)
-    if math.isnan(image):
+    by_image = auroc(defective, scores)
+    by_pixel = pixel_auroc(samples, maps, config.image_size)
+    if math.isnan(by_image):
         absent = "good" if defective.all() else "defective"
         print(f"image AUROC: undefined (test/ has no {absent} images)")
     if not math.isnan(threshold):
@@ -223,7 +223,7 @@ def evaluate_category(name, args, device):
         folder.mkdir()
         write_results(folder, args.data / name / "test", paths, maps, threshold, shown, truths)
         write_csv(folder / "result.csv", RESULT, [
-            [name, args.score, image, pixel, seconds, threshold, config.seed, config.backbone,
+            [name, args.score, by_image, by_pixel, seconds, threshold, config.seed, config.backbone,
              Path(config.weights).name]])
 
 
@@ -276,7 +276,9 @@ def main(argv=None):
     device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
-    names = choose_categories(args.data, args.category)
+    names = args.category  # to predict, their checkpoints are enough
+    if args.data or not (args.predict and names):
+        names = choose_categories(args.data, names)
     work = predict_category if args.predict else evaluate_category
     codes = [work(name, args, device) for name in names]
     if not args.predict and 0 in codes:

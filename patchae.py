@@ -97,6 +97,7 @@ def stain(other, h, w):
     return paint, alpha * random.uniform(*OPACITY)
 
 
+# each takes another image and the size of its box; returns paint (3, h, w) or (3, 1, 1), and α
 DEFECT_KINDS = (altered_paste, scratch, stain)
 
 
@@ -138,7 +139,7 @@ BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
 class Config:
     """The options of train.py, kept in the checkpoint. UserError where a value is not accepted."""
     backbone: str = option("wide_resnet50_2", BACKBONES, "our choice: that of most baselines")
-    weights: str = option("imagenet", None, "or random, or a state-dict file (paper: pre-trained)")
+    weights: str = option("imagenet", None, "imagenet, random or a file (paper: pre-trained)")
     finetune_backbone: bool = option(False, None, "our choice: frozen, few images spoil it")
     layers: tuple = option((1, 2, 3), range(1, 5), "joined by ⊕ (our choice: detail and context)")
     image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
@@ -146,14 +147,14 @@ class Config:
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
     channels: int = option(0, range(8193), "C₃ of a random start (our choice, 0: C₃ = C and R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
-    defect_share: float = option(0.5, None, "λ, of the loss (our choice: few patches have one)")
+    defect_share: float = option(0.5, None, "λ of the loss (our choice: defects are rare)")
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
-    batch_size: int = option(8, range(1, 1025), "images at once elsewhere (our choice: fits a GPU)")
-    lr: float = option(2e-3, None, "decoder, Adam and cosine (our choice: rebuilds well by then)")
+    batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
+    lr: float = option(2e-3, None, "decoder: Adam, cosine (our choice: rebuilds well in time)")
     encoder_lr: float = option(1e-4, None, "encoder (our choice: slower, so that distances last)")
     backbone_lr: float = option(1e-5, None, "fine-tuned backbone (our choice: slower still)")
-    memory_fraction: float = option(1.0, None, "random part of M (our choice: all, as the paper)")
-    threshold_images: int = option(100, range(10**6), "at most, 0: none (our choice: saves time)")
+    memory_fraction: float = option(1.0, None, "random part of M (our choice: all of it)")
+    threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
     seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
 
     def __post_init__(self):
@@ -188,7 +189,7 @@ def make_backbone(name, layers):
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "reflect"
     backbone = create_feature_extractor(resnet, [f"layer{stage}" for stage in layers])
-    return backbone.eval()  # batch normalisation always uses its stored statistics
+    return backbone.eval()  # stored statistics in batch normalisation: never call model.train()
 
 
 def temper_contrast(features):
@@ -210,8 +211,8 @@ def average_neighbours(features, k):
     """
     mean = F.avg_pool2d(features, k, stride=1, padding=k // 2)            # (B, C, h, w): sum / k²
     ones = torch.ones_like(features[:1, :1])                              # (1, 1, h, w)
-    there = F.avg_pool2d(ones, k, stride=1, padding=k // 2)               # (1, 1, h, w): n / k²
-    return mean / there.sqrt()                                            # (B, C, h, w)
+    share = F.avg_pool2d(ones, k, stride=1, padding=k // 2)               # (1, 1, h, w): n / k²
+    return mean / share.sqrt()                                            # (B, C, h, w)
 
 
 def concatenate_scales(maps, grid, neighbourhood):
@@ -267,10 +268,11 @@ def reconstruction_loss(rebuilt, patches):
 
 
 def nearest_distance(r, memory):
-    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂, one normal image at a time with a running minimum (paper).
+    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂ (paper).
 
     r: (Q, C₃), the vectors of one image or of several; memory: N tensors (n, C₃), N ≥ 1.
-    Returns (Q,). However large the memory is, only Q · n distances are held at once.
+    Returns (Q,). Our choice: one normal image at a time with a running minimum, so that however
+    large the memory is, only Q · n distances are held at once.
     """
     nearest = torch.full((len(r),), math.inf, device=r.device)
     for vectors in memory:
@@ -278,15 +280,13 @@ def nearest_distance(r, memory):
     return nearest                                                        # (Q,)
 
 
-HIGHEST = 3  # our choice: steadier than one place, still local (1 to 20: held-out scores tie)
-
-
-def image_score(anomaly_map):
+def image_score(anomaly_map, highest=3):
     """(E5) S = 1/k Σ of the k = 3 largest s_ij: an image is as anomalous as its worst patches.
 
-    paper: S comes from the map; our choice: how. (B, H', W'), at least k places, to (B,).
+    paper: S comes from the map; our choice: how. Three are steadier than one, and still local
+    (held-out scores of 1 to 20 tie). (B, H', W'), at least k places, to (B,).
     """
-    return anomaly_map.flatten(1).topk(HIGHEST).values.mean(dim=1)        # (B,)
+    return anomaly_map.flatten(1).topk(highest).values.mean(dim=1)        # (B,)
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class PatchAE(nn.Module):
                                      nn.Conv2d(c3, c3, 1), nn.ReLU())
         self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.ReLU(), nn.Conv2d(c3, pixels, 1))
         if not config.channels:  # R = Φ exactly: Φ ≥ 0 passes both ReLUs unchanged
-            for convolution in (self.encoder[0], self.encoder[2]):
+            for convolution in self.encoder[::2]:
                 nn.init.dirac_(convolution.weight)
                 nn.init.zeros_(convolution.bias)
 
@@ -323,9 +323,8 @@ class PatchAE(nn.Module):
         return self.decoder[0].weight.device
 
     def forward(self, image):
-        """R (B, C₃, H', W') and the rebuilt patches (B, 3p², H', W') of (B, 3, H, W) in [0, 1]."""
-        r = represent(self.features(image), self.encoder)
-        return r, rebuild(r, self.decoder)
+        """Î (B, 3p², H', W') of (B, 3, H, W) in [0, 1]: each patch rebuilt from its own vector."""
+        return rebuild(represent(self.features(image), self.encoder), self.decoder)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -335,23 +334,23 @@ def training_loss(model, image, mask):
     image: (B, 3, H, W) in [0, 1], with its defects, is input and target (paper); mask: (B, 1, H, W)
     bool, empty: (E3) alone. Our choice: few patches have a defect, and those are the hard ones.
     """
-    config = model.config
-    patches = patchify(image, config.patch_size).movedim(1, -1)           # (B, H', W', 3p²)
-    rebuilt = model(image)[1].movedim(1, -1)                              # (B, H', W', 3p²)
+    p = model.config.patch_size
+    share = model.config.defect_share                                     # λ
+    patches = patchify(image, p).movedim(1, -1)                           # (B, H', W', 3p²)
+    rebuilt = model(image).movedim(1, -1)                                 # (B, H', W', 3p²)
     loss = reconstruction_loss(rebuilt, patches)
-    defective = F.max_pool2d(mask.float(), config.patch_size)[:, 0] > 0   # (B, H', W')
+    defective = F.max_pool2d(mask.float(), p)[:, 0] > 0                   # (B, H', W')
     if defective.any():
-        there = reconstruction_loss(rebuilt[defective], patches[defective])
-        loss = (1 - config.defect_share) * loss + config.defect_share * there
+        on_defects = reconstruction_loss(rebuilt[defective], patches[defective])
+        loss = (1 - share) * loss + share * on_defects
     return loss                                                           # ()
 
 
-def rebuilt_share(rebuilt, defected, normal, mask):
-    """What of the artificial defects is missing in the rebuilt image: 0 nothing, 1 as much as all.
+def missing_share(rebuilt, defected, normal, mask):
+    """How much of the artificial defects is not rebuilt: 0 nothing is missing, 1 as much as all.
 
-    Squared error inside the mask (B, 1, H, W) against the defected image, divided by that of the
-    normal image, which has no defect at all; images: (B, 3, H, W). Our choice: the thesis, that
-    anomalies are rebuilt, as a number.
+    Squared error inside the mask (B, 1, H, W), divided by that of the normal image, in which every
+    defect is missing; images: (B, 3, H, W). Our choice: the thesis as a number.
     """
     missing = ((rebuilt - defected).square() * mask).sum()
     everything = ((normal - defected).square() * mask).sum()
@@ -369,24 +368,20 @@ def patch_vectors(model, image):
 def build_memory(model, batches):
     """M: of each normal image its vectors, a list of N tensors (n, C₃), n = ⌈memory_fraction · P⌉.
 
-    batches: an iterable of (B, 3, H, W) in [0, 1]. A fraction below 1 is drawn by config.seed.
+    batches: an iterable of (B, 3, H, W) in [0, 1]. The n ≥ 1 places are drawn by config.seed.
     """
     torch.manual_seed(model.config.seed)
+    P = model.grid**2
+    n = max(1, math.ceil(P * model.config.memory_fraction))
     memory = []
     for image in batches:
-        for vectors in patch_vectors(model, image):                       # (P, C₃)
-            P = len(vectors)
-            n = max(1, math.ceil(P * model.config.memory_fraction))
-            memory.append(vectors[torch.randperm(P)[:n]])                 # (n, C₃)
+        memory += [vectors[torch.randperm(P)[:n]] for vectors in patch_vectors(model, image)]
     return memory
 
 
 @torch.inference_mode()
 def score_maps(model, image, memory):
-    """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E4) for every patch.
-
-    A normal image i is scored against `memory[:i] + memory[i + 1:]`, as if it were new.
-    """
+    """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E4) for every patch."""
     vectors = patch_vectors(model, image)                                 # (B, P, C₃)
     nearest = nearest_distance(vectors.flatten(0, 1), memory)             # (B · P,)
     return nearest.unflatten(0, (len(image), model.grid, model.grid))     # (B, H', W')
@@ -396,7 +391,7 @@ def score_maps(model, image, memory):
 def reconstruction_error(model, image):
     """Maps (B, H', W') of (E3) patch by patch: what a classical auto-encoder scores by."""
     patches = patchify(image, model.config.patch_size)                    # (B, 3p², H', W')
-    return (model(image)[1] - patches).square().mean(dim=1)               # (B, H', W')
+    return (model(image) - patches).square().mean(dim=1)                  # (B, H', W')
 
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
@@ -428,10 +423,10 @@ def make_parser(description):
 
 def choose_device(name):
     """The torch device, printed; for "auto" the first of cuda, mps and cpu. UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    for kind in there:
-        if there[kind] and name in (kind, "auto"):
+    for kind in found:
+        if found[kind] and name in (kind, "auto"):
             threads = torch.get_num_threads()
             print(f"device: {kind} ({threads} CPU threads), torch {torch.__version__}")
             return torch.device(kind)

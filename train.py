@@ -24,7 +24,7 @@ from patchae import Config, UserError
 
 REPORTS = 10   # our choice: lines of the log
 PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
-HELD_OUT = 24  # our choice: defected images that are kept apart to measure `rebuilt`
+HELD_OUT = 24  # our choice: images with defects that training never sees, for `rebuilt`
 DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
 # our choice: no download. Random features fade with depth, so early stages, small patches and no
 # average; there is less in them to preserve, so that higher rates rebuild more
@@ -44,7 +44,7 @@ def parse(argv):
         parser.add_argument("--" + one.name.replace("_", "-"), default=one.default,
                             **kinds.get(one.type, {"type": one.type}),
                             help=f"{one.metadata['help']}; {accepted} (default: {one.default})")
-    if parser.parse_args(argv).demo:
+    if parser.parse_args(argv).demo:  # an option that is given beside --demo still wins
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.layers = tuple(sorted(set(args.layers)))
@@ -62,18 +62,18 @@ def with_defects(images, i):
 def rebuild_images(model, images):
     """What the decoder makes of R of (N, 3, H, W) in [0, 1]: likewise (N, 3, H, W), on the CPU."""
     parts = images.split(model.config.batch_size)
-    rebuilt = [model(part.to(model.device))[1].cpu() for part in parts]
+    rebuilt = [model(part.to(model.device)).cpu() for part in parts]
     return patchae.unpatchify(torch.cat(rebuilt), model.config.patch_size)
 
 
 def fit(model, images, held_out, name):
-    """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns a log."""
+    """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns rows for a log."""
     config = model.config
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
         {"params": model.backbone.parameters(), "lr": config.backbone_lr}])  # frozen: unmoved
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     losses, log = [], []
     begin = time.monotonic()
     for step in range(1, config.steps + 1):
@@ -97,14 +97,14 @@ def report(model, held_out, name, step, losses, seconds):
     """Print how far training is; returns a row of the log. UserError where it diverged."""
     normal, defected, masks = held_out
     loss = sum(losses) / len(losses)
-    rebuilt = patchae.rebuilt_share(rebuild_images(model, defected), defected, normal, masks)
-    if not loss + rebuilt < DIVERGED:  # true of NaN, too
+    missing = patchae.missing_share(rebuild_images(model, defected), defected, normal, masks)
+    if not loss + missing < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
     left = seconds / step * (model.config.steps - step)
-    print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  rebuilt {rebuilt:.3f}  "
+    print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  missing {missing:.3f}  "
           f"{left:.0f} s left", flush=True)
-    return [step, loss, rebuilt, seconds]
+    return [step, loss, missing, seconds]
 
 
 def normal_scores(model, images):
@@ -131,7 +131,7 @@ def write_preview(path, held_out, rebuilt):
     normal, defected, masks = held_out
     columns = (normal, defected, masks.expand_as(defected), rebuilt)
     cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
-    save_image(cells.flatten(0, 1), path, nrow=len(columns), format="png")
+    save_image(cells.flatten(0, 1), path, nrow=len(columns))
 
 
 @patchae.exit_code
@@ -148,9 +148,9 @@ def train_category(name, args, config, device):
                         "replaced; choose another --out")
     images = read_images(list_images(args.data / name / "train" / "good"), config.image_size)
     model = patchae.build_model(config).to(device)
-    apart = [i % len(images) for i in range(HELD_OUT)]
-    defected, masks = map(torch.cat, zip(*[with_defects(images, i) for i in apart]))
-    held_out = (images[apart] / 255, defected, masks)
+    first = [i % len(images) for i in range(HELD_OUT)]
+    defected, masks = map(torch.cat, zip(*[with_defects(images, i) for i in first]))
+    held_out = (images[first] / 255, defected, masks)
     with patchae.whole(folder) as unfinished:
         unfinished.mkdir()
         log = fit(model, images, held_out, name)

@@ -22,7 +22,7 @@ def choose_categories(root, names):
         raise UserError(f"--data {root}: no NAME/train/good in it; of a category give the parent")
     unknown = [name for name in names if name not in (*there, "all")]
     if unknown or not names:
-        raise UserError(f"--category {' '.join(unknown)}: not in {root}; in it: {', '.join(there)}")
+        raise UserError(f"--category {' '.join(unknown)}: {root} has {', '.join(there)}; or all")
     return there if "all" in names else list(dict.fromkeys(names))
 
 
@@ -53,7 +53,7 @@ def lay_on(image, colour):
 
 
 def read_image(path):
-    """An upright RGB image of 8 bits. Transparency is laid on white (our choice: like paper)."""
+    """An upright RGB image of 8 bits. Transparency is laid on white (our choice: a page)."""
     image = open_upright(path)
     if image.mode[0] in "IF":
         raise UserError(f"{path}: 16-bit or float pixels would be clipped; scale all images alike "

@@ -115,10 +115,11 @@ def test_training_starts_at_r_equal_to_the_features():
     image = torch.rand(2, 3, 64, 64)
     for channels in (0, 10):
         model = make_model(channels=channels)
-        r, rebuilt = model(image)
+        features = model.features(image)
+        r = patchae.represent(features, model.encoder)
         assert r.shape == (2, channels or 192, 16, 16)
-        assert torch.equal(r, model.features(image)) == (channels == 0)
-        assert patchae.unpatchify(rebuilt, 4).shape == image.shape
+        assert torch.equal(r, features) == (channels == 0)
+        assert patchae.unpatchify(model(image), 4).shape == image.shape
 
 
 def test_training_loss_by_another_route(shared, monkeypatch):
@@ -126,7 +127,7 @@ def test_training_loss_by_another_route(shared, monkeypatch):
     the rest; without a mask it is all. By numpy, from whole images."""
     image, mask = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     mask[0, 0, 7, 8] = mask[1, 0, 16:24, 40:47] = True
-    rebuilt = F.pixel_shuffle(shared(image)[1].detach(), 4).numpy()
+    rebuilt = F.pixel_shuffle(shared(image).detach(), 4).numpy()
     error = (rebuilt - (image.numpy() - MEAN) / STD)**2
     error = error.reshape(2, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5))        # (B, H', W')
     defective = mask.numpy().reshape(2, 16, 4, 16, 4).any(axis=(2, 4))
@@ -206,7 +207,7 @@ def test_memory_keeps_a_random_part_of_each_image(shared, monkeypatch):
     same seed however the images come in batches. Vector k of an image is R at the place (k // W', k % W')."""
     images, kept = torch.rand(3, 3, 64, 64), {}
     with torch.no_grad():
-        vectors = [r.flatten(1).T for r in shared(images)[0]]
+        vectors = [r.flatten(1).T for r in patchae.represent(shared.features(images), shared.encoder)]
     for f, seed, size, n in ((.1, 0, 2, 26), (.1, 0, 3, 26), (.1, 1, 3, 26), (0, 0, 3, 1), (1, 0, 3, 256)):
         monkeypatch.setattr(shared.config, "memory_fraction", f)
         monkeypatch.setattr(shared.config, "seed", seed)
@@ -246,7 +247,7 @@ def test_the_border_of_normal_images_is_as_normal_as_their_inside():
 # ---- the text of patchae.py ---------------------------------------------------------------------
 def test_notation_table_and_code_agree():
     """Every name of the notation table is a variable of the scripts, and the five labelled functions speak of
-    nothing but these names and the two networks."""
+    nothing but these names, the two networks and how many of the highest places count."""
     sources = [(ROOT / name).read_text("utf-8") for name in ("patchae.py", "train.py", "evaluate.py")]
     table = re.search(r"    symbol  name.*?\n(.*?)\"{3}", sources[0], re.S)[1].splitlines()
     names = {line.split()[1] for line in table}
@@ -258,7 +259,7 @@ def test_notation_table_and_code_agree():
         text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
         if label := re.match(r"\((E\d)\) ", text or ""):
             labels[label[1]] = node.name
-            assert {a.arg for a in node.args.args} <= names | {"encoder", "decoder"}
+            assert {a.arg for a in node.args.args} <= names | {"encoder", "decoder", "highest"}
     assert labels == {"E1": "represent", "E2": "rebuild", "E3": "reconstruction_loss",
                       "E4": "nearest_distance", "E5": "image_score"}
 
