@@ -2,7 +2,7 @@
 
     python evaluate.py --demo
     python evaluate.py --data ROOT --category NAME [NAME ...]
-    python evaluate.py --data ROOT --category NAME --predict IMAGE_OR_FOLDER
+    python evaluate.py --category NAME --predict IMAGE_OR_FOLDER
 
 Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
 to predict. Writes tables and pictures to OUT/NAME/SCORE or to OUT/NAME/predictions, and gathers
