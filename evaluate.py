@@ -38,6 +38,7 @@ LARGEST_HEATMAP = 1024      # our choice: pixels of the longer side, so that pho
 PER_TYPE = 2                # our choice: columns of each type in overview.png
 RANKED = 12                 # our choice: lines printed, and columns, of predictions
 NAME_END = 16               # our choice: letters of a file name that fit above a column
+LEAST = 3                   # columns that overview.png has room for: the scale needs it
 CELL, GAP, LINE = 160, 4, 24  # pixels of overview.png: a picture, a gap, a line of text
 
 
@@ -146,7 +147,8 @@ def heat_pictures(path, anomaly_map, scale):
 def write_overview(path, columns, titles, scale):
     """A sheet of columns of pictures with their titles; the last line shows the colour scale."""
     bottom = LINE + len(columns[0]) * (CELL + GAP)
-    sheet = Image.new("RGB", (len(columns) * (CELL + GAP), bottom + LINE), "white")
+    width = max(len(columns), LEAST) * (CELL + GAP)
+    sheet = Image.new("RGB", (width, bottom + LINE), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (column, title) in enumerate(zip(columns, titles)):
         draw.text((x * (CELL + GAP) + GAP, GAP), title, fill="black", font_size=LINE / 2)
@@ -156,7 +158,7 @@ def write_overview(path, columns, titles, scale):
     ramp = torch.linspace(*SCALE, CELL).expand(LINE, CELL) * scale
     colour, _ = heat(ramp, (LINE, CELL), scale)
     sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, bottom))
-    draw.text((CELL + GAP, bottom + GAP), f"half-way: {scale:.2f}", fill="black")
+    draw.text((CELL + GAP, bottom + GAP), f"half-way {scale:.2f}: threshold, if any", fill="black")
     sheet.save(path)
 
 

@@ -398,10 +398,10 @@ def reconstruction_error(model, image):
 def exit_code(work):
     """Decorator: work returns 0, or after bad input or a full disk 2, with one line on stderr."""
     @wraps(work)
-    def guarded(*arguments):
+    def guarded(*arguments, **named):
         """What runs in its place."""
         try:
-            return work(*arguments) or 0
+            return work(*arguments, **named) or 0
         except (UserError, OSError) as error:  # an OSError names its file itself
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             return 2

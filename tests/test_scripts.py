@@ -254,7 +254,7 @@ def test_predictions(workspace):
         check_column(folder / "overview.png", column, row["path"])
     shutil.rmtree("data")  # the checkpoint is enough
     argv = "--category part --predict photos/other.png --device cpu"
-    assert evaluate.main(argv.split()) == 0
+    assert evaluate.main(argv=argv.split()) == 0  # as one calls it in a notebook
     row, = rows(folder / "scores.csv")
     assert row in table and row["path"] == str(Path("photos/other.png"))
     assert [path.name for path in (folder / "heatmaps").iterdir()] == ["other.png"]
