@@ -199,7 +199,6 @@ def write_results(folder, root, paths, maps, threshold, shown, truths):
     return rows
 
 
-@patchae.exit_code
 def evaluate_category(name, args, device):
     """Score DATA/NAME/test; write tables and pictures to OUT/NAME/SCORE."""
     samples = list_test(args.data / name)
@@ -229,7 +228,6 @@ def evaluate_category(name, args, device):
              Path(config.weights).name]])
 
 
-@patchae.exit_code
 def predict_category(name, args, device):
     """Score the images of --predict; write a table and pictures to OUT/NAME/predictions."""
     one = args.predict.is_file()
@@ -271,7 +269,6 @@ def gather_results(out, kind):
         print(f"{name:16} {score:14} {shown[0]:>12} {shown[1]:>12} {float(seconds):8.3f}")
 
 
-@patchae.exit_code
 def main(argv=None):
     """Score every category that was asked for; one that fails leaves the others. 0, or 2 then."""
     args = parse(argv)
@@ -282,11 +279,11 @@ def main(argv=None):
     if args.data or not (args.predict and names):
         names = choose_categories(args.data, names)
     work = predict_category if args.predict else evaluate_category
-    codes = [work(name, args, device) for name in names]
+    codes = [patchae.exit_code(work, name, args, device) for name in names]
     if not args.predict and 0 in codes:
         gather_results(args.out, args.score)
     return max(codes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(patchae.exit_code(main))

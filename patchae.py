@@ -33,7 +33,6 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -97,10 +96,6 @@ def stain(other, h, w):
     return paint, alpha * random.uniform(*OPACITY)
 
 
-# each takes another image and the size of its box; returns paint (3, h, w) or (3, 1, 1), and α
-DEFECT_KINDS = (altered_paste, scratch, stain)
-
-
 def add_defects(image, other):
     """⊗: draw 1 to MOST_DEFECTS artificial defects, I ← (1 − α) I + α paint, each in a random box.
 
@@ -113,7 +108,8 @@ def add_defects(image, other):
     for _ in range(random.randint(1, MOST_DEFECTS)):
         h = math.ceil(height * random.uniform(*BOX_SIDE))
         w = math.ceil(width * random.uniform(*BOX_SIDE))
-        paint, alpha = random.choice(DEFECT_KINDS)(other, h, w)
+        kind = random.choice((altered_paste, scratch, stain))
+        paint, alpha = kind(other, h, w)       # (3, h, w) or (3, 1, 1); (1, h, w)
         top = random.randint(0, height - h)
         left = random.randint(0, width - w)
         box = (..., slice(top, top + h), slice(left, left + w))
@@ -128,7 +124,7 @@ class UserError(Exception):
 
 
 def option(default, accepted, description):
-    """A field of Config: its default, the names or range that it accepts (None: any), its help."""
+    """A field of Config: its default, what it accepts (None: anything of its type), its help."""
     return field(default=default, metadata={"accepted": accepted, "help": description})
 
 
@@ -147,30 +143,33 @@ class Config:
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
     channels: int = option(0, range(8193), "C₃ of a random start (our choice, 0: C₃ = C and R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
-    defect_share: float = option(0.5, None, "λ of the loss (our choice: defects are rare)")
+    defect_share: float = option(0.5, "0 to 1", "λ of the loss (our choice: defects are rare)")
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
     batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
-    lr: float = option(2e-3, None, "decoder: Adam, cosine (our choice: rebuilds well in time)")
-    encoder_lr: float = option(1e-4, None, "encoder (our choice: slower, so that distances last)")
-    backbone_lr: float = option(1e-5, None, "fine-tuned backbone (our choice: slower still)")
-    memory_fraction: float = option(1.0, None, "random part of M (our choice: all of it)")
+    lr: float = option(2e-3, "0 to 1", "decoder: Adam, cosine (our choice: rebuilds well in time)")
+    encoder_lr: float = option(1e-4, "0 to 1", "encoder (our choice: slower, keeps distances)")
+    backbone_lr: float = option(1e-5, "0 to 1", "fine-tuned backbone (our choice: slower still)")
+    memory_fraction: float = option(1.0, "0 to 1", "random part of M (our choice: all of it)")
     threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
     seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
 
     def __post_init__(self):
         for one in fields(self):
             value, accepted = getattr(self, one.name), one.metadata["accepted"]
-            values = value if one.type is tuple else [value]
-            if accepted and not all(v in accepted for v in values):
+            if one.type is float:
+                fits = 0 <= value <= 1
+            elif one.type is tuple:
+                fits = set(value) <= set(accepted)
+            else:
+                fits = accepted is None or value in accepted
+            if not fits:
                 raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
-            if one.type is float and not 0 <= value <= 1:
-                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be from 0 to 1")
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # (3, 1, 1), of the images that
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]   # the weights were made with
-TINY = 1e-12  # squared length: keeps a vector of zeros from being divided by zero
+TINY = 1e-6  # length: keeps a vector of zeros from being divided by zero
 
 
 def normalise(image):
@@ -198,8 +197,8 @@ def temper_contrast(features):
     Our choice: the same pattern at four times the contrast is then only twice as far from nothing.
     Highlights vary most between normal images, and would outweigh defects in the dark.
     """
-    squared_length = features.square().sum(dim=1, keepdim=True)           # (B, 1, h, w)
-    return features / (squared_length + TINY)**0.25                       # (B, C, h, w)
+    length = features.norm(dim=1, keepdim=True)                           # (B, 1, h, w)
+    return features / length.clamp(min=TINY).sqrt()                       # (B, C, h, w)
 
 
 def average_neighbours(features, k):
@@ -268,16 +267,16 @@ def reconstruction_loss(rebuilt, patches):
 
 
 def nearest_distance(r, memory):
-    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂ (paper).
+    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂: the anomaly map (paper).
 
-    r: (Q, C₃), the vectors of one image or of several; memory: N tensors (n, C₃), N ≥ 1.
-    Returns (Q,). Our choice: one normal image at a time with a running minimum, so that however
-    large the memory is, only Q · n distances are held at once.
+    r: (B, C₃, H', W'); memory: N ≥ 1 tensors (n, C₃). Our choice: one normal image at a time with a
+    running minimum, so that however large M is, only B · P · n distances are held at once.
     """
-    nearest = torch.full((len(r),), math.inf, device=r.device)
+    queries = r.movedim(1, -1).flatten(0, 2)                              # (B · P, C₃)
+    nearest = torch.full((len(queries),), math.inf, device=r.device)
     for vectors in memory:
-        nearest = torch.minimum(nearest, torch.cdist(r, vectors).amin(dim=1))
-    return nearest                                                        # (Q,)
+        nearest = torch.minimum(nearest, torch.cdist(queries, vectors).amin(dim=1))
+    return nearest.view(len(r), *r.shape[2:])                             # (B, H', W')
 
 
 def image_score(anomaly_map, highest=3):
@@ -317,10 +316,7 @@ class PatchAE(nn.Module):
         maps = [temper_contrast(m) for m in self.backbone(image).values()]
         return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
-    @property
-    def device(self):
-        """Where its weights are."""
-        return self.decoder[0].weight.device
+    device = property(lambda self: self.decoder[0].weight.device)
 
     def forward(self, image):
         """Î (B, 3p², H', W') of (B, 3, H, W) in [0, 1]: each patch rebuilt from its own vector."""
@@ -358,12 +354,6 @@ def missing_share(rebuilt, defected, normal, mask):
 
 
 # ---- scoring ------------------------------------------------------------------------------------
-def patch_vectors(model, image):
-    """What is compared: R of an image (B, 3, H, W) in [0, 1], one vector a patch: (B, P, C₃)."""
-    r = represent(model.features(image), model.encoder)                   # (B, C₃, H', W')
-    return r.flatten(2).transpose(1, 2).contiguous()                      # (B, P, C₃)
-
-
 @torch.inference_mode()
 def build_memory(model, batches):
     """M: of each normal image its vectors, a list of N tensors (n, C₃), n = ⌈memory_fraction · P⌉.
@@ -375,16 +365,16 @@ def build_memory(model, batches):
     n = max(1, math.ceil(P * model.config.memory_fraction))
     memory = []
     for image in batches:
-        memory += [vectors[torch.randperm(P)[:n]] for vectors in patch_vectors(model, image)]
+        r = represent(model.features(image), model.encoder)               # (B, C₃, H', W')
+        for vectors in r.flatten(2).mT:                                   # (P, C₃)
+            memory.append(vectors[torch.randperm(P)[:n]])                 # (n, C₃)
     return memory
 
 
 @torch.inference_mode()
 def score_maps(model, image, memory):
-    """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E4) for every patch."""
-    vectors = patch_vectors(model, image)                                 # (B, P, C₃)
-    nearest = nearest_distance(vectors.flatten(0, 1), memory)             # (B · P,)
-    return nearest.unflatten(0, (len(image), model.grid, model.grid))     # (B, H', W')
+    """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E1), then (E4)."""
+    return nearest_distance(represent(model.features(image), model.encoder), memory)
 
 
 @torch.inference_mode()
@@ -395,17 +385,13 @@ def reconstruction_error(model, image):
 
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========
-def exit_code(work):
-    """Decorator: work returns 0, or after bad input or a full disk 2, with one line on stderr."""
-    @wraps(work)
-    def guarded(*arguments, **named):
-        """What runs in its place."""
-        try:
-            return work(*arguments, **named) or 0
-        except (UserError, OSError) as error:  # an OSError names its file itself
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            return 2
-    return guarded
+def exit_code(work, *arguments):
+    """What work(*arguments) returns, or 0; after bad input or a full disk one line on stderr, 2."""
+    try:
+        return work(*arguments) or 0
+    except (UserError, OSError) as error:  # an OSError names its file itself
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
 
 
 def make_parser(description):
@@ -425,12 +411,11 @@ def choose_device(name):
     """The torch device, printed; for "auto" the first of cuda, mps and cpu. UserError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    for kind in found:
-        if found[kind] and name in (kind, "auto"):
-            threads = torch.get_num_threads()
-            print(f"device: {kind} ({threads} CPU threads), torch {torch.__version__}")
-            return torch.device(kind)
-    raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
+    kind = next(k for k in found if found[k]) if name == "auto" else name
+    if not found[kind]:
+        raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
+    print(f"device: {kind} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
+    return torch.device(kind)
 
 
 @contextmanager

@@ -134,7 +134,6 @@ def write_preview(path, held_out, rebuilt):
     save_image(cells.flatten(0, 1), path, nrow=len(columns))
 
 
-@patchae.exit_code
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
@@ -162,7 +161,6 @@ def train_category(name, args, config, device):
     print(f"{name}: wrote {checkpoint}")
 
 
-@patchae.exit_code
 def main(argv=None):
     """Train every category that was asked for; one that fails leaves the others. 0, or 2 then."""
     args, config = parse(argv)
@@ -170,8 +168,8 @@ def main(argv=None):
     if args.demo:
         make_toy.draw_if_absent(args.data)
     names = choose_categories(args.data, args.category)
-    return max([train_category(name, args, config, device) for name in names])
+    return max([patchae.exit_code(train_category, name, args, config, device) for name in names])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(patchae.exit_code(main))

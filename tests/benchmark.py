@@ -130,7 +130,7 @@ def main():
         rows = [("drawing defects", 0, config.batch_size, (drawing(model, images), bare)),
                 ("training", 0, config.batch_size, (training(model, images), bare))]
         one = images[:1].to(device) / 255
-        vectors = patchae.patch_vectors(model, one).detach()[0]           # (P, C₃)
+        vectors, = patchae.build_memory(model, [one])                     # (P, C₃)
         for count in args.images:
             memory = [torch.rand_like(vectors) for _ in range(count)]
             rows.append(("scoring", count, 1, scoring(model, memory, one)))

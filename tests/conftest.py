@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import patchae  # noqa: E402
 import train  # noqa: E402
 
 train.HELD_OUT = train.PREVIEWS  # to save time
@@ -57,7 +58,7 @@ def fails(capsys, main, argv, *words):
     """main must end with the code 2 (argparse: by SystemExit) and one line on stderr with the words."""
     capsys.readouterr()
     try:
-        code = main([str(a) for a in argv])
+        code = patchae.exit_code(main, [str(a) for a in argv])
     except SystemExit as stop:
         code = stop.code
     lines = capsys.readouterr().err.splitlines()

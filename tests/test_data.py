@@ -256,7 +256,7 @@ def test_damaged_bytes_end_in_a_result_or_in_one_line(workspace, capsys, number)
             content[i] ^= int(rng.integers(1, 256))
     path.write_bytes(content)
     before = contents()
-    code = main([*OPTIONS, *(UNTRAINED if main is train.main else [])])
+    code = patchae.exit_code(main, [*OPTIONS, *(UNTRAINED if main is train.main else [])])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     if code == 0:
         assert not lines and contents()[result] != before.get(result)

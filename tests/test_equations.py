@@ -8,6 +8,7 @@ from conftest import MEAN, STD
 
 import patchae
 
+KINDS = ("altered_paste", "scratch", "stain")
 
 @pytest.fixture(scope="module")
 def model():
@@ -60,8 +61,8 @@ def test_E4_distance_by_hand():
     first; from (9, 11) it is 2, in the middle one.
     """
     memory = torch.tensor([[[0.0, 0], [0, 10]], [[9, 9], [8, 9]], [[3, 0], [50, 50]]])
-    r = torch.tensor([[3.0, 4], [0, 1], [9, 11]])
-    assert patchae.nearest_distance(r, list(memory)).tolist() == [4.0, 1.0, 2.0]
+    r = torch.tensor([[3.0, 4], [0, 1], [9, 11], [3, 4]]).view(2, 1, 2, 2).movedim(3, 1)  # of two images
+    assert patchae.nearest_distance(r, list(memory)).tolist() == [[[4.0, 1.0]], [[2.0, 4.0]]]
 
 
 def test_E5_image_score_by_hand():
@@ -138,7 +139,8 @@ def test_defects_blend_by_hand(monkeypatch):
     def left_column(other, h, w):
         return other[:, :h, :w], 0.25 * torch.eye(1, w).expand(1, h, w)
 
-    monkeypatch.setattr(patchae, "DEFECT_KINDS", (left_column,))
+    for kind in KINDS:
+        monkeypatch.setattr(patchae, kind, left_column)
     monkeypatch.setattr(patchae, "MOST_DEFECTS", 1)
     image = torch.full((3, 64, 64), 0.4)
     defected, mask = patchae.add_defects(image, torch.full((3, 64, 64), 0.8))
@@ -158,7 +160,8 @@ def test_number_kind_and_box_of_defects_vary(monkeypatch):
     def watched(kind):
         return lambda other, h, w: drawn.append((kind.__name__, h, w)) or kind(other, h, w)
 
-    monkeypatch.setattr(patchae, "DEFECT_KINDS", [watched(kind) for kind in patchae.DEFECT_KINDS])
+    for kind in KINDS:
+        monkeypatch.setattr(patchae, kind, watched(getattr(patchae, kind)))
     image, ever = torch.rand(3, 48, 192), torch.zeros(48, 192, dtype=bool)
     for _ in range(100):
         before = len(drawn)
@@ -169,7 +172,7 @@ def test_number_kind_and_box_of_defects_vary(monkeypatch):
         assert not (changed & ~mask).any() and (changed == mask).float().mean() > .99
         assert 0 <= defected.min() and defected.max() <= 1
     names, heights, widths = zip(*drawn)
-    assert counts == {1, 2, 3, 4, 5, 6} and set(names) == {"altered_paste", "scratch", "stain"}
+    assert counts == {1, 2, 3, 4, 5, 6} and set(names) == set(KINDS)
     assert (min(heights), max(heights)) == (3, 12) and 9 <= min(widths) <= 12 and 40 < max(widths) <= 48
     assert all(part.any() for part in (ever[:2], ever[-2:], ever[:, :6], ever[:, -6:]))
 
