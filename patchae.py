@@ -138,8 +138,8 @@ class Config:
     weights: str = option("imagenet", None, "imagenet, random or a file (paper: pre-trained)")
     finetune_backbone: bool = option(False, None, "our choice: frozen, few images spoil it")
     layers: tuple = option((1, 2, 3), range(1, 5), "joined by ⊕ (our choice: detail and context)")
-    image_size: int = option(256, range(64, 2049, 32), "pixels (our choice: 32 × 32 patches)")
-    patch_size: int = option(8, (4, 8, 16, 32), "pixels (our choice: the stride of stage 2)")
+    image_size: int = option(384, range(64, 2049, 32), "pixels (our choice: shows small defects)")
+    patch_size: int = option(12, range(4, 33, 4), "pixels (our choice: 32 × 32 patches)")
     neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
     channels: int = option(0, range(8193), "C₃ of a random start (our choice, 0: C₃ = C and R = Φ)")
     defects: bool = option(True, None, "artificial defects in training (paper)")
@@ -164,6 +164,8 @@ class Config:
                 fits = accepted is None or value in accepted
             if not fits:
                 raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
+        if self.image_size % self.patch_size:
+            raise UserError(f"--patch-size {self.patch_size}: must divide --image-size; 8 does")
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
