@@ -270,7 +270,7 @@ def gather_results(out, kind):
 
 
 def main(argv=None):
-    """Score every category that was asked for; one that fails leaves the others. 0, or 2 then."""
+    """Score every category asked for; one that fails leaves the others. 0, or 2 then. UserError."""
     args = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:

@@ -162,7 +162,7 @@ def train_category(name, args, config, device):
 
 
 def main(argv=None):
-    """Train every category that was asked for; one that fails leaves the others. 0, or 2 then."""
+    """Train every category asked for; one that fails leaves the others. 0, or 2 then. UserError."""
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:

@@ -117,14 +117,11 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50, 200],
                         help="normal images in the memory")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--image-size", type=int, default=patchae.Config.image_size)
-    parser.add_argument("--patch-size", type=int, default=patchae.Config.patch_size)
     args = parser.parse_args()
     device = patchae.choose_device(args.device)
     print(f"{'':44} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
     for name in args.backbone:
-        config = patchae.Config(backbone=name, weights="random", image_size=args.image_size,
-                                patch_size=args.patch_size)
+        config = patchae.Config(backbone=name, weights="random")
         with contextlib.redirect_stdout(io.StringIO()):
             model = patchae.build_model(config).to(device)
         size = config.image_size

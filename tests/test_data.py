@@ -186,8 +186,9 @@ def test_wrong_folders(refused, main, folder):
 
 @pytest.mark.parametrize("main, argv", [
     *((train.main, argv) for argv in (
-        "--image-size 100", "--patch-size 12", "--patch-size 64", "--neighbourhood 2", "--layers 0 2", "--lr 2", "--lr nan", "--steps -1",
-        "--steps many", "--backbone vgg", "--device tpu", "--device cuda", "--none", "--out data")),
+        "--image-size 100", "--patch-size 12", "--patch-size 64", "--neighbourhood 2", "--layers 0 2",
+        "--lr 2", "--lr nan", "--steps -1", "--steps many", "--backbone vgg",
+        "--device tpu", "--device cuda", "--none", "--out data")),
     *((evaluate.main, argv) for argv in (
         "--quantile 0", "--quantile 1.01", "--quantile nan", "--score nothing"))])
 def test_options_out_of_range(refused, monkeypatch, main, argv):

@@ -10,6 +10,7 @@ import patchae
 
 KINDS = ("altered_paste", "scratch", "stain")
 
+
 @pytest.fixture(scope="module")
 def model():
     """A model with C₃ = 2, so that R fits on paper; Φ has 64 channels, of which the tests use two."""
@@ -58,10 +59,10 @@ def test_E4_distance_by_hand():
     """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0), (50, 50)}.
 
     From (3, 4) it is min(5, √45, √61, √50, 4, …) = 4, in the last image; from (0, 1) it is 1, in the
-    first; from (9, 11) it is 2, in the middle one.
+    first; from (9, 11) it is 2, in the middle one. R is of two images with two patches beside each other.
     """
     memory = torch.tensor([[[0.0, 0], [0, 10]], [[9, 9], [8, 9]], [[3, 0], [50, 50]]])
-    r = torch.tensor([[3.0, 4], [0, 1], [9, 11], [3, 4]]).view(2, 1, 2, 2).movedim(3, 1)  # of two images
+    r = torch.tensor([[3.0, 4], [0, 1], [9, 11], [3, 4]]).view(2, 1, 2, 2).movedim(3, 1)
     assert patchae.nearest_distance(r, list(memory)).tolist() == [[[4.0, 1.0]], [[2.0, 4.0]]]
 
 
