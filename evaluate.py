@@ -79,6 +79,7 @@ def prepare(name, args, device):
     return model, memory, threshold
 
 
+@torch.inference_mode()
 def score_images(paths, model, memory):
     """The anomaly maps (N, H', W') of image files, and the seconds for each after reading."""
     images = read_images(paths, model.config.image_size)
@@ -86,8 +87,9 @@ def score_images(paths, model, memory):
     begin = time.monotonic()
     maps = []
     for image in batches(images, at_once, model.device, "scoring"):
-        if memory is None:
-            maps.append(patchae.reconstruction_error(model, image).cpu())
+        if memory is None:  # (E3) patch by patch: what a classical auto-encoder scores by
+            patches = patchae.patchify(image, model.config.patch_size)    # (B, 3p², H', W')
+            maps.append((model(image) - patches).square().mean(dim=1).cpu())
         else:
             maps.append(patchae.score_maps(model, image, memory).cpu())
     return torch.cat(maps), (time.monotonic() - begin) / len(paths)
@@ -113,8 +115,7 @@ def pixel_auroc(samples, maps, size):
     """AUROC of all pixels at the network's size; a defective image without a mask is left out."""
     known = [n for n, (_, kind, mask) in enumerate(samples) if kind == "good" or mask]
     if len(known) < len(samples):
-        print(f"pixel AUROC: {len(samples) - len(known)} defective images have no mask and are "
-              "left out")
+        print(f"pixel AUROC: {len(samples) - len(known)} defective images have no mask, left out")
     truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
     if not any(truth.any() for truth in truths):
         print("pixel AUROC: undefined (no mask under ground_truth/ shows a defect)")

@@ -18,7 +18,7 @@ Notation
     P       P                                patches of an image: H'·W' = (H/p)·(W/p)
     Φ       features      (B, C, H', W')     ⊕: the backbone's scales on the patch grid, joined; ≥ 0
     R       r             (B, C₃, H', W')    representation; r_ij, one vector for each patch
-    I_ij    patches       (B, 3p², H', W')   the image cut into patches of p × p pixels, normalised
+    I_ij    patches       (B, 3p², H', W')   the image cut into patches of p × p pixels
     Î_ij    rebuilt       (B, 3p², H', W')   the patches as the decoder draws them from R
     M       memory        N × (n, C₃)        a list: of each of the N normal images its vectors r_ij
     s_ij    anomaly_map   (B, H', W')        distance of each r_ij to its nearest vector in M
@@ -40,6 +40,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.v2.functional import normalize
 
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
 # paper: defects are added and must be rebuilt. Our choice, all of it: these kinds and numbers,
@@ -156,27 +157,19 @@ class Config:
     def __post_init__(self):
         for one in fields(self):
             value, accepted = getattr(self, one.name), one.metadata["accepted"]
-            if one.type is float:
-                fits = 0 <= value <= 1
-            elif one.type is tuple:
-                fits = set(value) <= set(accepted)
-            else:
-                fits = accepted is None or value in accepted
-            if not fits:
+            values = value if one.type is tuple else (value,)
+            unit = one.type is float
+            if accepted and not all(0 <= v <= 1 if unit else v in accepted for v in values):
                 raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
         if self.image_size % self.patch_size:
             raise UserError(f"--patch-size {self.patch_size}: must divide --image-size; 8 does")
 
 
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # (3, 1, 1), of the images that
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]   # the weights were made with
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # colours of the images that the weights were made with
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY = 0.5   # where drawing starts: learning the mean colour costs the first steps otherwise
 TINY = 1e-6  # length: keeps a vector of zeros from being divided by zero
-
-
-def normalise(image):
-    """Subtract ImageNet's mean colour and divide by its deviation. (B, 3, H, W) in [0, 1]."""
-    return (image - IMAGENET_MEAN.to(image)) / IMAGENET_STD.to(image)
 
 
 def make_backbone(name, layers):
@@ -190,6 +183,7 @@ def make_backbone(name, layers):
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "reflect"
     backbone = create_feature_extractor(resnet, [f"layer{stage}" for stage in layers])
+    backbone.to(memory_format=torch.channels_last)  # faster
     return backbone.eval()  # stored statistics in batch normalisation: never call model.train()
 
 
@@ -231,14 +225,8 @@ def concatenate_scales(maps, grid, neighbourhood):
 
 
 def patchify(image, p):
-    """Normalise and cut into P = H'·W' patches: (B, 3, H'p, W'p) in [0, 1] to (B, 3p², H', W')."""
-    return F.pixel_unshuffle(normalise(image), p)                         # (B, 3p², H', W')
-
-
-def unpatchify(patches, p):
-    """The inverse of patchify, clipped to [0, 1]: (B, 3p², H', W') to (B, 3, H'p, W'p)."""
-    image = F.pixel_shuffle(patches, p)                                   # (B, 3, H'p, W'p)
-    return (image * IMAGENET_STD.to(image) + IMAGENET_MEAN.to(image)).clamp(0, 1)
+    """Cut into P = H'·W' patches: (B, 3, H'p, W'p) in [0, 1] to (B, 3p², H', W') in [0, 1]."""
+    return F.pixel_unshuffle(image, p)                                    # (B, 3p², H', W')
 
 
 # ---- the equations ------------------------------------------------------------------------------
@@ -262,8 +250,7 @@ def rebuild(r, decoder):
 def reconstruction_loss(rebuilt, patches):
     """(E3) L = 1/(P · 3p²) Σ_ij ‖Î_ij − I_ij‖², I being the image with artificial defects (paper).
 
-    rebuilt, patches: all values of the patches of one image or of several, in the same order,
-    normalised (our choice: unit variance suits the step size).
+    rebuilt, patches: all values of the patches of one image or of several, in the same order.
     """
     return (rebuilt - patches).square().mean()                            # ()
 
@@ -307,6 +294,7 @@ class PatchAE(nn.Module):
         self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.ReLU(),
                                      nn.Conv2d(c3, c3, 1), nn.ReLU())
         self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.ReLU(), nn.Conv2d(c3, pixels, 1))
+        nn.init.constant_(self.decoder[2].bias, GREY)
         if not config.channels:  # R = Φ exactly: Φ ≥ 0 passes both ReLUs unchanged
             for convolution in self.encoder[::2]:
                 nn.init.dirac_(convolution.weight)
@@ -314,8 +302,8 @@ class PatchAE(nn.Module):
 
     def features(self, image):
         """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
-        image = normalise(image).contiguous(memory_format=torch.channels_last)  # faster
-        maps = [temper_contrast(m) for m in self.backbone(image).values()]
+        maps = self.backbone(normalize(image, IMAGENET_MEAN, IMAGENET_STD))
+        maps = [temper_contrast(m) for m in maps.values()]
         return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
     device = property(lambda self: self.decoder[0].weight.device)
@@ -344,17 +332,6 @@ def training_loss(model, image, mask):
     return loss                                                           # ()
 
 
-def missing_share(rebuilt, defected, normal, mask):
-    """How much of the artificial defects is not rebuilt: 0 nothing is missing, 1 as much as all.
-
-    Squared error inside the mask (B, 1, H, W), divided by that of the normal image, in which every
-    defect is missing; images: (B, 3, H, W). Our choice: the thesis as a number.
-    """
-    missing = ((rebuilt - defected).square() * mask).sum()
-    everything = ((normal - defected).square() * mask).sum()
-    return (missing / everything).item()
-
-
 # ---- scoring ------------------------------------------------------------------------------------
 @torch.inference_mode()
 def build_memory(model, batches):
@@ -368,8 +345,7 @@ def build_memory(model, batches):
     memory = []
     for image in batches:
         r = represent(model.features(image), model.encoder)               # (B, C₃, H', W')
-        for vectors in r.flatten(2).mT:                                   # (P, C₃)
-            memory.append(vectors[torch.randperm(P)[:n]])                 # (n, C₃)
+        memory += [one[torch.randperm(P)[:n]] for one in r.flatten(2).mT]  # (n, C₃), from (P, C₃)
     return memory
 
 
@@ -377,13 +353,6 @@ def build_memory(model, batches):
 def score_maps(model, image, memory):
     """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E1), then (E4)."""
     return nearest_distance(represent(model.features(image), model.encoder), memory)
-
-
-@torch.inference_mode()
-def reconstruction_error(model, image):
-    """Maps (B, H', W') of (E3) patch by patch: what a classical auto-encoder scores by."""
-    patches = patchify(image, model.config.patch_size)                    # (B, 3p², H', W')
-    return (model(image) - patches).square().mean(dim=1)                  # (B, H', W')
 
 
 # ==== nothing from the paper below: what both scripts share, then the model and its files ========

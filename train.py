@@ -61,9 +61,8 @@ def with_defects(images, i):
 @torch.no_grad()
 def rebuild_images(model, images):
     """What the decoder makes of R of (N, 3, H, W) in [0, 1]: likewise (N, 3, H, W), on the CPU."""
-    parts = images.split(model.config.batch_size)
-    rebuilt = [model(part.to(model.device)).cpu() for part in parts]
-    return patchae.unpatchify(torch.cat(rebuilt), model.config.patch_size)
+    patches = torch.cat([model(image.to(model.device)).cpu() for image in images.split(1)])
+    return torch.pixel_shuffle(patches, model.config.patch_size).clamp(0, 1)
 
 
 def fit(model, images, held_out, name):
@@ -94,16 +93,19 @@ def fit(model, images, held_out, name):
 
 
 def report(model, held_out, name, step, losses, seconds):
-    """Print how far training is; returns a row of the log. UserError where it diverged."""
+    """Print how far training is; returns a row of the log. UserError where it diverged.
+
+    missing: squared error inside the defects; 1 is that of the normal image (our choice).
+    """
     normal, defected, masks = held_out
     loss = sum(losses) / len(losses)
-    missing = patchae.missing_share(rebuild_images(model, defected), defected, normal, masks)
+    missing = ((rebuild_images(model, defected) - defected).square() * masks).sum().item()
+    missing /= ((normal - defected).square() * masks).sum().item()
     if not loss + missing < DIVERGED:  # true of NaN, too
         raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
                         "--encoder-lr or --backbone-lr")
-    left = seconds / step * (model.config.steps - step)
     print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  missing {missing:.3f}  "
-          f"{left:.0f} s left", flush=True)
+          f"{seconds / step * (model.config.steps - step):.0f} s left", flush=True)
     return [step, loss, missing, seconds]
 
 
@@ -126,14 +128,6 @@ def normal_scores(model, images):
     return torch.tensor(scores)
 
 
-def write_preview(path, held_out, rebuilt):
-    """Rows of normal image, that with artificial defects, their mask, what is rebuilt from R."""
-    normal, defected, masks = held_out
-    columns = (normal, defected, masks.expand_as(defected), rebuilt)
-    cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
-    save_image(cells.flatten(0, 1), path, nrow=len(columns))
-
-
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
@@ -148,12 +142,14 @@ def train_category(name, args, config, device):
     images = read_images(list_images(args.data / name / "train" / "good"), config.image_size)
     model = patchae.build_model(config).to(device)
     first = [i % len(images) for i in range(HELD_OUT)]
+    normal = images[first] / 255
     defected, masks = map(torch.cat, zip(*[with_defects(images, i) for i in first]))
-    held_out = (images[first] / 255, defected, masks)
     with patchae.whole(folder) as unfinished:
         unfinished.mkdir()
-        log = fit(model, images, held_out, name)
-        write_preview(unfinished / "defects.png", held_out, rebuild_images(model, held_out[1]))
+        log = fit(model, images, (normal, defected, masks), name)
+        columns = (normal, defected, masks.expand_as(defected), rebuild_images(model, defected))
+        cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
+        save_image(cells.flatten(0, 1), unfinished / "defects.png", nrow=len(columns))
         with open(unfinished / "train.csv", "w", newline="") as file:
             csv.writer(file).writerows([["step", "loss", "rebuilt", "seconds"], *log])
         scores = normal_scores(model, images)

@@ -86,7 +86,7 @@ def training(model, images):
 
 def forward(model, images):
     """The floor of both: the bare backbone forward of a batch of images."""
-    batch = patchae.normalise(images[:model.config.batch_size] / 255)
+    batch = images[:model.config.batch_size] / 255
 
     @torch.inference_mode()
     def work():

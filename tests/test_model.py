@@ -111,15 +111,28 @@ def test_a_3x3_decoder_breaks_it():
 
 def test_training_starts_at_r_equal_to_the_features():
     """R is exactly Φ before training, so trained R is compared with raw features on equal terms; a model
-    with a number of channels starts at random. Either rebuilds as many pixels as the image has."""
+    with a number of channels starts at random. Either rebuilds as many pixels as the image has, from grey."""
     image = torch.rand(2, 3, 64, 64)
     for channels in (0, 10):
         model = make_model(channels=channels)
+        assert model.decoder[2].bias.unique().tolist() == [.5]
         features = model.features(image)
         r = patchae.represent(features, model.encoder)
         assert r.shape == (2, channels or 192, 16, 16)
         assert torch.equal(r, features) == (channels == 0)
-        assert patchae.unpatchify(model(image), 4).shape == image.shape
+        assert torch.pixel_shuffle(model(image), 4).shape == image.shape
+
+
+def test_what_is_brighter_than_white_is_shown_as_white(shared, monkeypatch):
+    """The same images by another route, cut to [0, 1]: the first pixel of every patch is drawn too bright."""
+    too_bright = 9 * (torch.arange(3 * 4**2) == 0)[:, None, None]
+    rebuild = patchae.rebuild
+    monkeypatch.setattr(patchae, "rebuild", lambda r, decoder: rebuild(r, decoder) + too_bright)
+    image = torch.rand(3, 3, 64, 64)
+    rebuilt = train.rebuild_images(shared, image)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt, F.pixel_shuffle(shared(image), 4).clamp(0, 1))
+    assert rebuilt[:, 0, ::4, ::4].unique().tolist() == [1] and (rebuilt < 1).any()
 
 
 def test_training_loss_by_another_route(shared, monkeypatch):
@@ -128,7 +141,7 @@ def test_training_loss_by_another_route(shared, monkeypatch):
     image, mask = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     mask[0, 0, 7, 8] = mask[1, 0, 16:24, 40:47] = True
     rebuilt = F.pixel_shuffle(shared(image).detach(), 4).numpy()
-    error = (rebuilt - (image.numpy() - MEAN) / STD)**2
+    error = (rebuilt - image.numpy())**2
     error = error.reshape(2, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5))        # (B, H', W')
     defective = mask.numpy().reshape(2, 16, 4, 16, 4).any(axis=(2, 4))
     of_all, there = error.mean(), error[defective].mean()
@@ -198,7 +211,7 @@ def test_learning_rates_follow_one_cosine(watched):
 
 def test_training_learns_to_rebuild_defects(watched):
     """The thesis in small: the loss falls, and of held-out defects more is rebuilt."""
-    assert watched.log[-1][1] < .6 * watched.log[0][1] and watched.log[-1][2] < .85 * watched.log[0][2]
+    assert watched.log[-1][1] < .6 * watched.log[0][1] and watched.log[-1][2] < .98 * watched.log[0][2]
 
 
 # ---- the memory and the border -----------------------------------------------------------------

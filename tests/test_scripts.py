@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINT, GOOD, MEAN, OPTIONS, ROOT, STD, TEST, TINY, watch
+from conftest import CHECKPOINT, GOOD, OPTIONS, ROOT, TEST, TINY, watch
 from PIL import Image, ImageOps
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -61,7 +61,7 @@ def anomaly_maps(paths, kind="feature"):
     image = np.stack([pixels(path, (64, 64)) for path in [*paths, *sorted(GOOD.iterdir())]]) / 255
     image = torch.tensor(image, dtype=torch.float32).permute(0, 3, 1, 2)
     if kind == "reconstruction":
-        error = (F.pixel_shuffle(model(image), 4).numpy() - (image.numpy() - MEAN) / STD)**2
+        error = (F.pixel_shuffle(model(image), 4).numpy() - image.numpy())**2
         return error.reshape(-1, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5))[:len(paths)]
     features = model.features(image)
     found = (features if kind == "backbone" else patchae.represent(features, model.encoder)).numpy()
