@@ -148,8 +148,7 @@ class Config:
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
     batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
     lr: float = option(2e-3, "0 to 1", "decoder: Adam, cosine (our choice: rebuilds well in time)")
-    encoder_lr: float = option(1e-4, "0 to 1", "encoder (our choice: slower, keeps distances)")
-    backbone_lr: float = option(1e-5, "0 to 1", "fine-tuned backbone (our choice: slower still)")
+    encoder_lr: float = option(1e-5, "0 to 1", "what is before R (our choice: keeps distances)")
     memory_fraction: float = option(1.0, "0 to 1", "random part of M (our choice: all of it)")
     threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
     seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
@@ -168,7 +167,6 @@ class Config:
 # ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # colours of the images that the weights were made with
 IMAGENET_STD = (0.229, 0.224, 0.225)
-GREY = 0.5   # where drawing starts: learning the mean colour costs the first steps otherwise
 TINY = 1e-6  # length: keeps a vector of zeros from being divided by zero
 
 
@@ -294,7 +292,7 @@ class PatchAE(nn.Module):
         self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.ReLU(),
                                      nn.Conv2d(c3, c3, 1), nn.ReLU())
         self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.ReLU(), nn.Conv2d(c3, pixels, 1))
-        nn.init.constant_(self.decoder[2].bias, GREY)
+        nn.init.constant_(self.decoder[2].bias, 1 / 2)  # grey: no steps go into the mean colour
         if not config.channels:  # R = Φ exactly: Φ ≥ 0 passes both ReLUs unchanged
             for convolution in self.encoder[::2]:
                 nn.init.dirac_(convolution.weight)

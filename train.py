@@ -71,7 +71,7 @@ def fit(model, images, held_out, name):
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
-        {"params": model.backbone.parameters(), "lr": config.backbone_lr}])  # frozen: unmoved
+        {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # frozen: unmoved
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     losses, log = [], []
     begin = time.monotonic()
@@ -102,8 +102,8 @@ def report(model, held_out, name, step, losses, seconds):
     missing = ((rebuild_images(model, defected) - defected).square() * masks).sum().item()
     missing /= ((normal - defected).square() * masks).sum().item()
     if not loss + missing < DIVERGED:  # true of NaN, too
-        raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr, "
-                        "--encoder-lr or --backbone-lr")
+        raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr "
+                        "or --encoder-lr")
     print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  missing {missing:.3f}  "
           f"{seconds / step * (model.config.steps - step):.0f} s left", flush=True)
     return [step, loss, missing, seconds]

@@ -139,7 +139,7 @@ BREAKS = [
      "(0.485, 0.456, 0.406)", "(0.5, 0.5, 0.5)",
      "the backbone sees other colours than it was trained with", [MODEL]),
     ("drawing-starts-at-black", "patchae.py",
-     "GREY = 0.5 ", "GREY = 0.0 ",
+     "self.decoder[2].bias, 1 / 2)", "self.decoder[2].bias, 0)",
      "the first steps learn the mean colour, and less is rebuilt in the end", [MODEL]),
     ("rebuilt-unclipped", "train.py",
      "model.config.patch_size).clamp(0, 1)", "model.config.patch_size)",

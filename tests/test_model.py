@@ -201,9 +201,9 @@ def test_input_and_target_are_random_images_with_new_defects(watched):
 
 
 def test_learning_rates_follow_one_cosine(watched):
-    """lr · (1 + cos(π t/T)) / 2 at step t of T = 38: the decoder from 1e-2, the encoder from 3e-4, a
-    fine-tuned backbone from 1e-5."""
-    for part, lr in (("decoder", 1e-2), ("encoder", 3e-4), ("backbone", 1e-5)):
+    """lr · (1 + cos(π t/T)) / 2 at step t of T = 38: the decoder from 1e-2, the encoder and a
+    fine-tuned backbone from 3e-4."""
+    for part, lr in (("decoder", 1e-2), ("encoder", 3e-4), ("backbone", 3e-4)):
         expected = lr * (1 + np.cos(np.pi * np.arange(38) / 38)) / 2
         for p in watched.model.get_submodule(part).parameters():
             assert [rates[id(p)] for rates in watched.rates] == pytest.approx(expected, rel=1e-5)
