@@ -129,13 +129,11 @@ def option(default, accepted, description):
     return field(default=default, metadata={"accepted": accepted, "help": description})
 
 
-BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
-
-
 @dataclass
 class Config:
     """The options of train.py, kept in the checkpoint. UserError where a value is not accepted."""
-    backbone: str = option("wide_resnet50_2", BACKBONES, "our choice: that of most baselines")
+    backbone: str = option("wide_resnet50_2", ("resnet18", "resnet50", "wide_resnet50_2",
+                           "wide_resnet101_2"), "our choice: that of most baselines")
     weights: str = option("imagenet", None, "imagenet, random or a file (paper: pre-trained)")
     finetune_backbone: bool = option(False, None, "our choice: frozen, few images spoil it")
     layers: tuple = option((1, 2, 3), range(1, 5), "joined by ⊕ (our choice: detail and context)")
@@ -148,7 +146,7 @@ class Config:
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
     batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
     lr: float = option(2e-3, "0 to 1", "decoder: Adam, cosine (our choice: rebuilds well in time)")
-    encoder_lr: float = option(1e-5, "0 to 1", "what is before R (our choice: keeps distances)")
+    encoder_lr: float = option(1e-5, "0 to 1", "encoder, tuned backbone (our choice: keeps distances)")
     memory_fraction: float = option(1.0, "0 to 1", "random part of M (our choice: all of it)")
     threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
     seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
@@ -157,7 +155,7 @@ class Config:
         for one in fields(self):
             value, accepted = getattr(self, one.name), one.metadata["accepted"]
             values = value if one.type is tuple else (value,)
-            unit = one.type is float
+            unit = one.type is float                                      # from 0 to 1
             if accepted and not all(0 <= v <= 1 if unit else v in accepted for v in values):
                 raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
         if self.image_size % self.patch_size:
@@ -285,8 +283,7 @@ class PatchAE(nn.Module):
         self.grid = config.image_size // config.patch_size
         self.backbone = make_backbone(config.backbone, config.layers)
         self.backbone.requires_grad_(config.finetune_backbone)
-        blank = torch.zeros(1, 3, config.image_size, config.image_size)
-        c = self.features(blank).shape[1]                                 # C
+        c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
         c3 = config.channels or c                                         # C₃
         pixels = 3 * config.patch_size**2                                 # 3p²
         self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.ReLU(),
