@@ -146,7 +146,7 @@ class Config:
     steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
     batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
     lr: float = option(2e-3, "0 to 1", "decoder: Adam, cosine (our choice: rebuilds well in time)")
-    encoder_lr: float = option(1e-5, "0 to 1", "encoder, tuned backbone (our choice: keeps distances)")
+    encoder_lr: float = option(1e-5, "0 to 1", "encoder, backbone (our choice: keeps distances)")
     memory_fraction: float = option(1.0, "0 to 1", "random part of M (our choice: all of it)")
     threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
     seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
