@@ -221,7 +221,7 @@ def concatenate_scales(maps, grid, neighbourhood):
 
 
 def patchify(image, p):
-    """Cut into P = H'·W' patches: (B, 3, H'p, W'p) in [0, 1] to (B, 3p², H', W') in [0, 1]."""
+    """Cut into P = H'·W' patches: (B, 3, H'p, W'p) to (B, 3p², H', W'). Undone by pixel_shuffle."""
     return F.pixel_unshuffle(image, p)                                    # (B, 3p², H', W')
 
 
