@@ -20,7 +20,8 @@ import train  # noqa: E402
 train.HELD_OUT = train.PREVIEWS  # to save time
 OPTIONS = "--data data --out runs --category part --device cpu".split()
 TINY = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64", "--patch-size", "4",
-        "--layers", "1", "2", "--steps", "4", "--batch-size", "4", "--threshold-images", "100"]
+        "--layers", "1", "2", "--encoder-lr", "1e-3", "--steps", "4", "--batch-size", "4",
+        "--threshold-images", "100"]
 GOOD, TEST = Path("data/part/train/good"), Path("data/part/test")
 CHECKPOINT, SCORES = Path("runs/part/checkpoint.pt"), Path("runs/part/feature/scores.csv")
 MEAN, STD = (np.array(values)[:, None, None]  # ImageNet's
