@@ -173,7 +173,7 @@ def test_training_moves_the_backbone_only_when_fine_tuned():
 def watched():
     """A training of 38 steps on 6 images: the model, the images, the log; all calls of add_defects and of
     training_loss; of each step the rate of each parameter."""
-    model = make_model(steps=38, lr=1e-2, encoder_lr=3e-4, defect_share=.25)
+    model = make_model(steps=38, lr=3e-2, encoder_lr=3e-4, defect_share=.25)
     images = draw_images(6, 3)
     held_out = defected(images)
     rates = []
@@ -203,9 +203,9 @@ def test_input_and_target_are_random_images_with_new_defects(watched):
 
 
 def test_learning_rates_follow_one_cosine(watched):
-    """lr · (1 + cos(π t/T)) / 2 at step t of T = 38: the decoder from 1e-2, the encoder and a
+    """lr · (1 + cos(π t/T)) / 2 at step t of T = 38: the decoder from 3e-2, the encoder and a
     fine-tuned backbone from 3e-4."""
-    for part, lr in (("decoder", 1e-2), ("encoder", 3e-4), ("backbone", 3e-4)):
+    for part, lr in (("decoder", 3e-2), ("encoder", 3e-4), ("backbone", 3e-4)):
         expected = lr * (1 + np.cos(np.pi * np.arange(38) / 38)) / 2
         for p in watched.model.get_submodule(part).parameters():
             assert [rates[id(p)] for rates in watched.rates] == pytest.approx(expected, rel=1e-5)
@@ -213,7 +213,7 @@ def test_learning_rates_follow_one_cosine(watched):
 
 def test_training_learns_to_rebuild_defects(watched):
     """The thesis in small: the loss falls, and of held-out defects more is rebuilt."""
-    assert watched.log[-1][1] < .6 * watched.log[0][1] and watched.log[-1][2] < .98 * watched.log[0][2]
+    assert watched.log[-1][1] < .6 * watched.log[0][1] and watched.log[-1][2] < .85 * watched.log[0][2]
 
 
 # ---- the memory and the border -----------------------------------------------------------------
