@@ -2,103 +2,113 @@
 
     python evaluate.py --demo
     python evaluate.py --data ROOT --category NAME [NAME ...]
-    python evaluate.py --category NAME --predict IMAGE_OR_FOLDER
+    python evaluate.py --category NAME --predict IMAGE_OR_FOLDER [...]
 
 Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
-to predict. Writes tables and pictures to OUT/NAME/SCORE or to OUT/NAME/predictions, and gathers
-what all categories reached in OUT/results.csv.
+to predict. Writes tables and pictures to OUT/NAME/METHOD or to OUT/NAME/predictions, and gathers
+the results of all categories in OUT/results.csv.
 """
 import csv
 import math
-import sys
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 import patchae
 from data import make_toy
-from data.images import (batches, choose_categories, list_images, list_test, progress, read_image,
-                         read_images, read_mask)
-from patchae import UserError
+from data.files import exit_code, make_parser, parse_args, run, whole
+from data.images import (MASK_NAMES, all_errors, choose_categories, list_images, list_test,
+                         progress, read_image, read_images, read_mask, read_readable)
+from patchae import METHODS, PatchAE, UserError
 
-SCORES = ("feature", "backbone", "reconstruction")  # distance in R, in Φ; error of the decoder
-RESULT = ["category", "score", "image_auroc", "pixel_auroc", "seconds_per_image", "threshold",
-          "seed", "backbone", "weights"]
-# our choice: dark to glowing, evenly brighter, so that grey prints show the same
+RESULT = ["category", "test_set", "method", "image_auroc", "pixel_auroc", "aupro",
+          "seconds_per_image", "threshold", "seed", "backbone", "weights"]
+METRICS = slice(3, 7)       # of them those that have a mean
+PART = 32                   # our choice: images that are read at once
+MOST_FALSE = 0.3            # false-positive rate at which AUPRO ends (Bergmann et al., IJCV 2021)
+# our choice: dark to glowing, evenly brighter, so that a grey print shows the same
 COLOURS = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30], [255, 255, 170]])
-SCALE = (0.5, 1.5)          # our choice: darkest and brightest, in thresholds
+RANGE = (0.5, 1.5)          # our choice: the darkest and the brightest colour, in thresholds
 OPACITY_RISES = (0.9, 1.1)  # our choice: in thresholds
 MOST_OPACITY = 0.6          # our choice: the image shines through
-LARGEST_HEATMAP = 1024      # our choice: pixels of the longer side, so that photographs stay handy
+LARGEST_HEATMAP = 1024      # our choice: pixels of the longer side, so that the files stay small
 PER_TYPE = 2                # our choice: columns of each type in overview.png
 RANKED = 12                 # our choice: lines printed, and columns, of predictions
+EXPLAINED = 6               # our choice: rows of nearest.png
+CONTEXT = 3                 # our choice: patches shown on each side of the worst one
 NAME_END = 16               # our choice: letters of a file name that fit above a column
-LEAST = 3                   # columns that overview.png has room for: the scale needs it
-CELL, GAP, LINE = 160, 4, 24  # pixels of overview.png: a picture, a gap, a line of text
+LEAST = 3                   # columns for which overview.png has room: the legend needs it
+CELL = 160                  # pixels of a picture in overview.png and nearest.png
+GAP = 4                     # pixels between two pictures
+LINE = 24                   # pixels of a line of text
 
 
-def parse(argv):
-    """The command line."""
-    parser = patchae.make_parser(__doc__)
-    add = parser.add_argument
-    add("--predict", type=Path, metavar="PATH", help="score this image or folder; needs no labels")
-    add("--score", choices=SCORES, default="feature",
-        help="distance in R (default; it alone has a threshold), in Φ, or reconstruction error")
+def parse(argv=None):
+    """The command line. UserError."""
+    parser, _ = make_parser(__doc__)
+    add = parser.add_argument_group("scoring").add_argument
+    add("--predict", type=Path, nargs="+", metavar="PATH",
+        help="score these images or folders; needs no labels and no --data")
+    add("--method", nargs="+", choices=METHODS, help="trained: distance in R, the only one with a "
+        "threshold; raw: distance between the backbone's features; reconstruction: error of the "
+        "decoder (default: trained; with --demo raw and trained)")
+    add("--test", nargs="+", metavar="FOLDER",
+        help="test sets in ROOT/NAME (default: test; with --demo test and test_faint)")
     add("--quantile", type=float, default=0.99, metavar="Q",
-        help="the threshold is this quantile of the normal images' scores, each against the memory "
-        "without itself (default: 0.99; our choice: a false alarm in a hundred)")
-    if parser.parse_args(argv).demo:  # an option that is given beside --demo still wins
-        parser.set_defaults(data=make_toy.ROOT, category=["all"])
-    args = parser.parse_args(argv)
+        help="the threshold is this quantile of the scores of normal images, each compared with "
+        "all others, above 0 and up to 1 (default: 0.99, about one false alarm in a hundred)")
+    args = parse_args(parser, argv)
+    args.method = args.method or (["raw", "trained"] if args.demo else ["trained"])
+    args.test = args.test or (["test", "test_faint"] if args.demo else ["test"])
     if not 0 < args.quantile <= 1:
         raise UserError(f"--quantile {args.quantile}: must be above 0 and at most 1")
     return args
 
 
-# ---- scores and metrics -------------------------------------------------------------------------
-def prepare(name, args, device):
-    """The model, the memory (None for reconstruction) and the threshold (NaN if there is none)."""
-    model, images, normal_scores = patchae.load_checkpoint(args.out / name / "checkpoint.pt")
-    model.to(device)
-    memory = None
-    if args.score == "backbone":
-        model.encoder = torch.nn.Identity()  # R = Φ: what training must beat
-    if args.score != "reconstruction":
-        memory = patchae.build_memory(
-            model, batches(images, model.config.batch_size, device, "memory"))
-    threshold = math.nan
-    if args.score == "feature" and len(normal_scores):  # training stored those of no other score
-        threshold = torch.quantile(normal_scores, args.quantile).item()
-        print(f"{name}: threshold {threshold:.4f}, the {args.quantile:g} quantile of the scores of "
-              f"{len(normal_scores)} normal images")
-    return model, memory, threshold
+# ---- scores -------------------------------------------------------------------------------------
+def load_model(name, args, device):
+    """The model of a category, and its threshold (NaN if there is none)."""
+    model = PatchAE.load(args.out / name / "checkpoint.pt", device)
+    model.batch_size = args.batch_size
+    n = len(model.normal_scores)
+    if not n or "trained" not in args.method:
+        return model, math.nan
+    threshold = model.threshold(args.quantile)
+    # the k-th smallest of n independent scores leaves a share of 1 − k / (n + 1) above it
+    above = 1 - (args.quantile * (n - 1) + 1) / (n + 1)
+    print(f"{name}: threshold {threshold:.4f}, the {args.quantile:g} quantile of the scores of {n} "
+          f"normal images; if they are independent, expect {above:.1%} false alarms")
+    return model, threshold
 
 
-@torch.inference_mode()
-def score_images(paths, model, memory):
-    """The anomaly maps (N, H', W') of image files, and the seconds for each after reading."""
-    images = read_images(paths, model.config.image_size)
-    at_once = 1 if model.device.type == "cpu" else model.config.batch_size  # so the cache holds it
-    begin = time.monotonic()
-    maps = []
-    for image in batches(images, at_once, model.device, "scoring"):
-        if memory is None:  # (E3) patch by patch: what a classical auto-encoder scores by
-            patches = patchae.patchify(image, model.config.patch_size)    # (B, 3p², H', W')
-            maps.append((model(image) - patches).square().mean(dim=1).cpu())
-        else:
-            maps.append(patchae.score_maps(model, image, memory).cpu())
-    return torch.cat(maps), (time.monotonic() - begin) / len(paths)
+def score_files(paths, model, method, watch):
+    """Read and score image files in parts, so that memory does not grow with their number.
 
-
-def auroc(labels, scores):
-    """Area under the ROC curve, exact; NaN where one of the two classes is empty."""
-    labels = np.asarray(labels)
-    return roc_auc_score(labels, scores) if labels.any() and not labels.all() else math.nan
+    Returns the paths that could be read, their anomaly maps (N, H', W'), the texts of the errors,
+    the seconds for each image after reading, and how many equal a normal training image.
+    """
+    known = {hash(image.numpy().tobytes()) for image in model.images}
+    readable, maps, errors, seconds, equal = [], [], [], 0, 0
+    if method != "reconstruction":
+        model.build_memory(method, watch)
+    for part in watch([paths[n:n + PART] for n in range(0, len(paths), PART)]):
+        found, images, bad = read_readable(part, model.config.image_size)
+        readable += found
+        errors += bad
+        equal += sum(hash(image.numpy().tobytes()) in known for image in images)
+        begin = time.monotonic()
+        maps += [model.anomaly_maps(images, method)] if found else []
+        seconds += time.monotonic() - begin
+    if not readable:
+        raise all_errors(errors)
+    return readable, torch.cat(maps), errors, seconds / len(readable), equal
 
 
 def upsample(maps, size):
@@ -106,86 +116,216 @@ def upsample(maps, size):
     return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]      # (N, *size)
 
 
-def read_truth(mask, path, size):
-    """The mask (size, size) of an image file, empty where it has none."""
-    return read_mask(mask, path, size) if mask else torch.zeros(size, size, dtype=bool)
+# ---- metrics ------------------------------------------------------------------------------------
+def auroc(labels, scores):
+    """Area under the ROC curve, exact; NaN where one of the two classes is empty."""
+    labels = np.asarray(labels)
+    return roc_auc_score(labels, scores) if labels.any() and not labels.all() else math.nan
 
 
-def pixel_auroc(samples, maps, size):
-    """AUROC of all pixels at the network's size; a defective image without a mask is left out."""
-    known = [n for n, (_, kind, mask) in enumerate(samples) if kind == "good" or mask]
-    if len(known) < len(samples):
-        print(f"pixel AUROC: {len(samples) - len(known)} defective images have no mask, left out")
-    truths = [read_truth(samples[n][2], samples[n][0], size) for n in known]
-    if not any(truth.any() for truth in truths):
-        print("pixel AUROC: undefined (no mask under ground_truth/ shows a defect)")
+def region_weights(truth):
+    """1 / (size of its region) for each defective pixel of a mask (h, w) bool, 1 elsewhere: (h, w).
+
+    A region is a set of defective pixels that touch, corners included. Each pixel gets a number,
+    and the largest of a region spreads over it, one pixel at a time, until nothing changes.
+    """
+    numbers = torch.arange(1, truth.numel() + 1, dtype=torch.float32).view(1, *truth.shape) * truth
+    while True:
+        spread = F.max_pool2d(numbers, 3, stride=1, padding=1) * truth    # (1, h, w)
+        if torch.equal(spread, numbers):
+            break
+        numbers = spread
+    numbers = numbers[0].long()                                           # (h, w)
+    sizes = torch.bincount(numbers.flatten())                             # (largest number + 1,)
+    return torch.where(truth, 1 / sizes[numbers], 1.0)                    # (h, w)
+
+
+def aupro(truths, maps):
+    """Area under the per-region overlap curve up to a false-positive rate of 0.3, divided by 0.3.
+
+    truths: (N, h, w) bool; maps: (N, h, w). Source: Bergmann et al., IJCV 2021. The overlap of a
+    region is the part of its pixels above a threshold. The mean over all regions is a true-positive
+    rate in which a pixel weighs 1 / (size of its region), so that small defects count as much as
+    large ones. NaN without a defect or without a normal pixel.
+    """
+    if not truths.any() or truths.all():
         return math.nan
-    return auroc(torch.stack(truths).flatten(), upsample(maps[known], (size, size)).flatten())
+    weights = torch.stack([region_weights(truth) for truth in truths])    # (N, h, w)
+    false, overlap, _ = roc_curve(truths.flatten(), maps.flatten(), sample_weight=weights.flatten())
+    inside = false < MOST_FALSE
+    at_end = np.interp(MOST_FALSE, false, overlap)
+    return auc([*false[inside], MOST_FALSE], [*overlap[inside], at_end]) / MOST_FALSE
+
+
+def pixel_metrics(samples, maps, size):
+    """Pixel AUROC and AUPRO at the network's size; a defective image without a mask is left out."""
+    known = [n for n, (_, kind, masks) in enumerate(samples) if kind == "good" or masks]
+    if len(known) < len(samples):
+        print(f"pixel metrics: {len(samples) - len(known)} defective images have no mask, left "
+              f"out; looked for ground_truth/TYPE/{MASK_NAMES}")
+    truths = [read_mask(samples[n][2], samples[n][0], size) for n in known]
+    for n, truth in zip(known, truths):
+        if truth.float().mean() > 1 / 2:
+            print(f"{samples[n][2][0]}: more than half of the image is a defect; is it inverted?")
+    if not any(truth.any() for truth in truths):
+        print("pixel metrics: undefined (no mask under ground_truth/ shows a defect)")
+        return math.nan, math.nan
+    truths, maps = torch.stack(truths), upsample(maps[known], (size, size))  # (N, size, size)
+    return auroc(truths.flatten(), maps.flatten()), aupro(truths, maps)
 
 
 # ---- pictures -----------------------------------------------------------------------------------
 def heat(anomaly_map, size, scale):
-    """Colours (H, W, 3) and opacity (H, W, 1) of a map; `scale` (the threshold) is half-way.
+    """Colours (H, W, 3) and opacity (H, W, 1) of a map; `scale`, the threshold, is half-way.
 
     Half the threshold and less is dark, 1.5 times and more is brightest: the same in every picture
     of a run. Opacity rises around the threshold, so that what is normal does not glow.
     """
     level = upsample(anomaly_map[None], size)[0].numpy() / scale          # (H, W)
-    stops = np.linspace(*SCALE, len(COLOURS))
+    stops = np.linspace(*RANGE, len(COLOURS))
     colour = np.stack([np.interp(level, stops, channel) for channel in COLOURS.T], axis=-1)
     return colour, np.interp(level, OPACITY_RISES, (0, MOST_OPACITY))[..., None]
 
 
 def heat_pictures(path, anomaly_map, scale):
     """The image, its anomaly map and the overlay, in the image's own aspect."""
-    image = read_image(path)
+    image = read_image(path, LARGEST_HEATMAP)
     image.thumbnail((LARGEST_HEATMAP, LARGEST_HEATMAP))
     colour, opacity = heat(anomaly_map, (image.height, image.width), scale)
     overlay = np.asarray(image) * (1 - opacity) + colour * opacity
     return [image, *(Image.fromarray(pixels.astype(np.uint8)) for pixels in (colour, overlay))]
 
 
-def write_overview(path, columns, titles, scale):
-    """A sheet of columns of pictures with their titles; the last line shows the colour scale."""
+def write_text(draw, x, y, text, anchor=None):
+    """One line of text; what the font cannot encode becomes a question mark."""
+    text = text.encode("utf-8", "replace").decode()
+    draw.text((x, y), text, fill="black", font_size=LINE / 2, anchor=anchor)
+
+
+def write_overview(path, columns, titles, scale, unit):
+    """A sheet of columns of pictures with their titles; below it the colour scale with numbers."""
     bottom = LINE + len(columns[0]) * (CELL + GAP)
     width = max(len(columns), LEAST) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, bottom + LINE), "white")
+    sheet = Image.new("RGB", (width, bottom + 2 * LINE), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (column, title) in enumerate(zip(columns, titles)):
-        draw.text((x * (CELL + GAP) + GAP, GAP), title, fill="black", font_size=LINE / 2)
+        write_text(draw, x * (CELL + GAP) + GAP, GAP, title)
         for y, picture in enumerate(column):
             cell = ImageOps.contain(picture, (CELL, CELL))
             sheet.paste(cell, (x * (CELL + GAP), LINE + y * (CELL + GAP)))
-    ramp = torch.linspace(*SCALE, CELL).expand(LINE, CELL) * scale
-    colour, _ = heat(ramp, (LINE, CELL), scale)
-    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (0, bottom))
-    draw.text((CELL + GAP, bottom + GAP), f"half-way {scale:.2f}: threshold, if any", fill="black")
+    legend = 2 * CELL
+    ramp = torch.linspace(*RANGE, legend).expand(LINE, legend) * scale
+    colour, _ = heat(ramp, (LINE, legend), scale)
+    sheet.paste(Image.fromarray(colour.astype(np.uint8)), (LINE, bottom))
+    for place, factor in ((LINE, RANGE[0]), (LINE + CELL, 1), (LINE + legend, RANGE[1])):
+        draw.line([place, bottom + LINE, place, bottom + LINE + GAP], fill="black")
+        write_text(draw, place, bottom + LINE + GAP, f"{factor * scale:.3g}", "ma")
+    write_text(draw, LINE + legend + GAP, bottom + GAP, unit)
+    sheet.save(path)
+
+
+# ---- why: the nearest normal patch --------------------------------------------------------------
+def find_nearest(model, image, anomaly_map, method):
+    """The most anomalous patch of an image (3, H, W) uint8, and the normal patch nearest to it.
+
+    Returns the place of the worst patch, the number of the normal image, the place in it, and the
+    distance; places count row by row.
+    """
+    place = anomaly_map.argmax().item()
+    batch, = model.batches(image[None])
+    with torch.inference_mode():
+        query = model.vectors(batch, method).flatten(2)[:, :, place]      # (1, C₃)
+        found = [torch.cdist(query, vectors)[0].min(dim=0) for vectors in model.memory]
+    number = min(range(len(found)), key=lambda n: found[n].values.item())
+    return (place, number, model.places[number][found[number].indices.item()].item(),
+            found[number].values.item())
+
+
+def framed(pixels, place, model):
+    """An image (3, H, W) in [0, 1], and the surroundings of a patch; both frame the patch."""
+    p, grid = model.config.patch_size, model.grid
+    top, left = (max(0, min(i - CONTEXT, grid - 2 * CONTEXT - 1)) for i in divmod(place, grid))
+    image = Image.fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
+    side = (2 * CONTEXT + 1) * p
+    part = image.crop((left * p, top * p, left * p + side, top * p + side))
+    pictures = []
+    for picture, y, x, span in ((image, *divmod(place, grid), grid),
+                                (part, place // grid - top, place % grid - left, 2 * CONTEXT + 1)):
+        picture = picture.resize((CELL, CELL))
+        step = CELL / span
+        box = [x * step - 1, y * step - 1, (x + 1) * step, (y + 1) * step]
+        ImageDraw.Draw(picture).rectangle(box, outline="red")
+        pictures.append(picture)
+    return pictures
+
+
+def write_nearest(path, model, paths, maps, method):
+    """A sheet with a row for each image: why is it called anomalous?
+
+    The image with a frame around its worst patch; that place; what the decoder draws there from R
+    (not for method "raw", which has no decoder); the nearest normal patch; its normal image.
+    """
+    images = read_images(paths, model.config.image_size)
+    columns = ["image", "worst patch", "drawn from R", "nearest normal", "in its image"]
+    if method == "raw":
+        columns.remove("drawn from R")
+    height = 2 * LINE + CELL + GAP
+    sheet = Image.new("RGB", (len(columns) * (CELL + GAP), len(paths) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (file, image, anomaly_map) in enumerate(zip(paths, images, maps)):
+        place, number, normal_place, distance = find_nearest(model, image, anomaly_map, method)
+        cells = framed(image / 255, place, model)
+        if method != "raw":
+            batch, = model.batches(image[None])
+            with torch.inference_mode():
+                drawn = patchae.unpatchify(model(batch), model.config.patch_size)[0]
+            cells.append(framed(drawn.clamp(0, 1).cpu(), place, model)[1])
+        cells += reversed(framed(model.images[number] / 255, normal_place, model))
+        name = model.names[number] if model.names else f"image {number}"
+        write_text(draw, GAP, row * height + GAP, f"{'/'.join(file.parts[-2:])}: worst patch at "
+                   f"distance {distance:.2f} from normal {name}")
+        for x, (cell, title) in enumerate(zip(cells, columns)):
+            write_text(draw, x * (CELL + GAP) + GAP, row * height + LINE, title)
+            sheet.paste(cell, (x * (CELL + GAP), row * height + 2 * LINE))
     sheet.save(path)
 
 
 # ---- a category, whole --------------------------------------------------------------------------
 def write_csv(path, header, rows):
-    """A table with a header line."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    """A table with a header line. A file name that is not UTF-8 is written with escapes."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def write_results(folder, root, paths, maps, threshold, shown, truths):
-    """A table, a heatmap of each image under the name that it has below root, an overview.
+def heatmap_names(paths):
+    """A name for the heatmap of each image, below the folder that all have in common.
+
+    a.png keeps its name; a.jpg becomes a.jpg.png, and an a.jpg.png beside it a.jpg.png.png.
+    """
+    full = [Path(os.path.abspath(path)) for path in paths]
+    root = os.path.commonpath([path.parent for path in full])
+    taken = {path for path in full if path.suffix != ".png"}
+    return [path.relative_to(root) if path.suffix == ".png" and path.with_suffix("") not in taken
+            else path.relative_to(root).with_name(path.name + ".png") for path in full]
+
+
+def write_results(folder, paths, maps, threshold, shown, truths, watch):
+    """Write scores.csv, a heatmap of each image, and overview.png.
 
     shown: which of paths the overview shows; truths: their masks, or none. Returns the rows of the
     table, most anomalous first; is_anomalous is empty without a threshold.
     """
     scores = patchae.image_score(maps).tolist()
-    # half-way on the colour scale is the threshold; without one, the largest score is its end
-    scale = threshold if threshold > 0 else maps.max().item() / SCALE[1] or 1.0
+    decided = not math.isnan(threshold)
+    # without a threshold the colours end at the largest score; 1 where all scores are 0
+    scale = threshold if decided else maps.max().item() / RANGE[1]
+    scale = scale if scale > 0 else 1.0
     rows, columns = [], {}
-    for n, path in enumerate(progress(paths, "heatmaps")):
-        verdict = "" if math.isnan(threshold) else scores[n] > threshold
+    for n, (path, name) in enumerate(zip(watch(paths), heatmap_names(paths))):
+        verdict = scores[n] > threshold if decided else ""
         rows.append([path, path.parent.name, scores[n], verdict])
         pictures = heat_pictures(path, maps[n], scale)
-        name = path.relative_to(root).as_posix()
-        target = folder / "heatmaps" / (name if path.suffix == ".png" else name + ".png")
+        target = folder / "heatmaps" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         pictures[-1].save(target)
         if n in shown:
@@ -194,97 +334,147 @@ def write_results(folder, root, paths, maps, threshold, shown, truths):
         mask = Image.fromarray(truth.numpy()).convert("RGB")
         columns[n].insert(1, mask.resize(columns[n][0].size))
     titles = [f"{'/'.join(paths[n].parts[-2:])[-NAME_END:]} {scores[n]:.2f}" for n in shown]
-    write_overview(folder / "overview.png", [columns[n] for n in shown], titles, scale)
+    unit = "threshold in the middle" if decided else "no threshold"
+    write_overview(folder / "overview.png", [columns[n] for n in shown], titles, scale, unit)
     rows.sort(key=lambda row: -row[2])
     write_csv(folder / "scores.csv", ["path", "folder", "score", "is_anomalous"], rows)
     return rows
 
 
 def evaluate_category(name, args, device):
-    """Score DATA/NAME/test; write tables and pictures to OUT/NAME/SCORE."""
-    samples = list_test(args.data / name)
-    model, memory, threshold = prepare(name, args, device)
-    config = model.config
+    """Score the test sets of DATA/NAME by each method; write to OUT/NAME/METHOD."""
+    tests = {test: list_test(args.data / name, test) for test in args.test}
+    model, threshold = load_model(name, args, device)
+    for method in args.method:
+        for test, samples in tests.items():
+            limit = threshold if method == "trained" else math.nan
+            evaluate_test(name, args, model, method, test, samples, limit)
+
+
+def evaluate_test(name, args, model, method, test, samples, threshold):
+    """Score one test set by one method; write tables and pictures."""
+    config, watch = model.config, partial(progress, f"{name} {test} {method}")
     paths, kinds, masks = zip(*samples)
     defective = np.array([kind != "good" for kind in kinds])
-    maps, seconds = score_images(paths, model, memory)
+    _, maps, errors, seconds, equal = score_files(paths, model, method, watch)
+    if errors:
+        raise all_errors(errors)
+    if equal:
+        print(f"{name}: {equal} images of {test}/ are identical to normal training images")
     scores = patchae.image_score(maps).numpy()
     by_image = auroc(defective, scores)
-    by_pixel = pixel_auroc(samples, maps, config.image_size)
+    by_pixel, by_region = pixel_metrics(samples, maps, config.image_size)
     if math.isnan(by_image):
         absent = "good" if defective.all() else "defective"
-        print(f"image AUROC: undefined (test/ has no {absent} images)")
+        print(f"image AUROC: undefined ({test}/ has no {absent} images)")
     if not math.isnan(threshold):
         good, bad = (scores > threshold)[~defective], (scores > threshold)[defective]
-        print(f"{name}: above the threshold {good.sum()} of {len(good)} good and {bad.sum()} of "
-              f"{len(bad)} defective images")
+        print(f"{name} {test}: above the threshold {good.sum()} of {len(good)} good and "
+              f"{bad.sum()} of {len(bad)} defective images")
     first = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < PER_TYPE]
     shown = sorted(first, key=lambda n: defective[n])  # the good ones first
-    truths = [read_truth(masks[n], paths[n], config.image_size) for n in shown]
-    with patchae.whole(args.out / name / args.score) as folder:
+    truths = [read_mask(masks[n], paths[n], config.image_size) for n in shown]
+    ranked = np.argsort(-scores, kind="stable")
+    false_alarms = [n for n in ranked if scores[n] > threshold and not defective[n]]
+    explained = list(dict.fromkeys([*ranked[:EXPLAINED], *false_alarms[:EXPLAINED]]))
+    suffix = "" if test == "test" else f"-{test}"
+    with whole(args.out / name / f"{method}{suffix}") as folder:
         folder.mkdir()
-        write_results(folder, args.data / name / "test", paths, maps, threshold, shown, truths)
+        write_results(folder, paths, maps, threshold, shown, truths, watch)
+        if method != "reconstruction":
+            write_nearest(folder / "nearest.png", model, [paths[n] for n in explained],
+                          maps[explained], method)
         write_csv(folder / "result.csv", RESULT, [
-            [name, args.score, by_image, by_pixel, seconds, threshold, config.seed, config.backbone,
-             Path(config.weights).name]])
+            [name, test, method, by_image, by_pixel, by_region, seconds, threshold, config.seed,
+             config.backbone, Path(config.weights).name]])
 
 
 def predict_category(name, args, device):
-    """Score the images of --predict; write a table and pictures to OUT/NAME/predictions."""
-    one = args.predict.is_file()
-    paths = [args.predict] if one else list_images(args.predict)
-    root = args.predict.parent if one else args.predict
-    model, memory, threshold = prepare(name, args, device)
-    maps, _ = score_images(paths, model, memory)
-    shown = patchae.image_score(maps).argsort(descending=True)[:RANKED].tolist()
-    target = args.out / name / "predictions"
-    with patchae.whole(target) as folder:
-        folder.mkdir()
-        rows = write_results(folder, root, paths, maps, threshold, shown, [])
-    for path, _, score, verdict in rows[:RANKED]:
-        word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
-        print(f"{score:10.4f}  {word:9}  {path}")
-    print(f"{name}: {len(rows)} images, {sum(row[3] is True for row in rows)} anomalous; "
-          f"wrote {target}")
+    """Score the images of --predict; write to OUT/NAME/predictions. UserError names bad files."""
+    paths = []
+    for path in args.predict:
+        if not path.exists():
+            raise UserError(f"--predict {path}: no such file or folder")
+        paths += [path] if path.is_file() else list_images(path, without=args.out)
+    model, threshold = load_model(name, args, device)
+    for method in args.method:
+        limit = threshold if method == "trained" else math.nan
+        watch = partial(progress, f"{name} {method}")
+        readable, maps, errors, _, equal = score_files(paths, model, method, watch)
+        if equal:
+            print(f"{name}: {equal} images are identical to normal training images")
+        shown = patchae.image_score(maps).argsort(descending=True)[:RANKED].tolist()
+        more = f"-and-{len(args.predict) - 1}-more" if len(args.predict) > 1 else ""
+        suffix = "" if method == "trained" else f"-{method}"
+        target = args.out / name / "predictions" / f"{args.predict[0].resolve().name}{more}{suffix}"
+        with whole(target) as folder:
+            folder.mkdir()
+            rows = write_results(folder, readable, maps, limit, shown, [], watch)
+            if method != "reconstruction":
+                first = shown[:EXPLAINED]
+                write_nearest(folder / "nearest.png", model, [readable[n] for n in first],
+                              maps[first], method)
+        for path, _, score, verdict in rows[:RANKED]:
+            word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
+            print(f"{score:10.4f}  {word:9}  {path}")
+        print(f"{name}: {len(rows)} images, {sum(row[3] is True for row in rows)} anomalous; "
+              f"wrote {target}")
+        if errors:
+            raise all_errors(errors)
 
 
-def gather_results(out, kind):
-    """Write OUT/results.csv: every OUT/NAME/SCORE/result.csv and a mean for each score; print one.
+# ---- all categories -----------------------------------------------------------------------------
+def mean_row(rows):
+    """The mean of each metric over rows of result.csv that have one test set and one method.
 
     A metric that is undefined is nan, and no part of the mean.
     """
-    table = []
-    for path in sorted(out.glob("*/*/result.csv")):
+    numbers = np.ma.masked_invalid(np.array([row[METRICS] for row in rows], dtype=float))
+    return ["mean", *rows[0][1:3], *numbers.mean(axis=0).filled(math.nan)]
+
+
+def gather_results(out, names, tests, methods):
+    """Write every OUT/NAME/*/result.csv to OUT/results.csv; print what was asked for."""
+    rows = []
+    for path in sorted(out.glob("[!.]*/[!.]*/result.csv")):
         with open(path, newline="", encoding="utf-8") as file:
-            table += list(csv.reader(file))[1:]
-    for score in SCORES:
-        rows = [row[2:5] for row in table if row[1] == score]
-        if rows:
-            numbers = np.ma.masked_invalid(np.array(rows, dtype=float))
-            table.append(["mean", score, *numbers.mean(axis=0).filled(math.nan), "", "", "", ""])
-    with patchae.whole(out / "results.csv") as unfinished:
-        write_csv(unfinished, RESULT, table)
-    print(f"\n{'category':16} {'score':14} {'image AUROC':>12} {'pixel AUROC':>12} {'s/image':>8}")
-    for name, score, *metrics, seconds in [row[:5] for row in table if row[1] == kind]:
-        shown = [f"{float(value):.1%}".replace("nan%", "undefined") for value in metrics]
-        print(f"{name:16} {score:14} {shown[0]:>12} {shown[1]:>12} {float(seconds):8.3f}")
+            rows += list(csv.reader(file))[1:]
+    with whole(out / "results.csv") as unfinished:
+        write_csv(unfinished, RESULT, rows)
+    print(f"\n{'category':16} {'test set':11} {'method':15} {'image AUROC':>11} "
+          f"{'pixel AUROC':>11} {'AUPRO':>9} {'s/image':>8}")
+    for test in tests:
+        for method in methods:
+            found = [row for row in rows if row[0] in names and row[1:3] == [test, method]]
+            for row in [*found, mean_row(found)] if len(found) > 1 else found:
+                *metrics, seconds = (float(value) for value in row[METRICS])
+                shown = [f"{value:.1%}".replace("nan%", "undefined") for value in metrics]
+                print(f"{row[0]:16} {test:11} {method:15} {shown[0]:>11} {shown[1]:>11} "
+                      f"{shown[2]:>9} {seconds:8.3f}")
 
 
 def main(argv=None):
-    """Score every category asked for; one that fails leaves the others. 0, or 2 then. UserError."""
+    """Score each category. After a failure continue with the rest; return 2 then, else 0."""
     args = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
-    names = args.category  # to predict, their checkpoints are enough
-    if args.data or not (args.predict and names):
+    names = list(dict.fromkeys(args.category))
+    if args.predict and not names:
+        raise UserError("--category NAME is missing: whose model shall score the images?")
+    if args.predict and "all" in names:
+        names = sorted(path.parent.name for path in args.out.glob("[!.]*/checkpoint.pt"))
+        if not names:
+            raise UserError(f"--out {args.out}: no NAME/checkpoint.pt in it; run train.py first")
+    if not args.predict:
         names = choose_categories(args.data, names)
     work = predict_category if args.predict else evaluate_category
-    codes = [patchae.exit_code(work, name, args, device) for name in names]
+    codes = [exit_code(work, name, args, device) for name in names]
     if not args.predict and 0 in codes:
-        gather_results(args.out, args.score)
+        gather_results(args.out, [name for name, code in zip(names, codes) if code == 0],
+                       args.test, args.method)
     return max(codes)
 
 
 if __name__ == "__main__":
-    sys.exit(patchae.exit_code(main))
+    run(main)

@@ -1,38 +1,46 @@
 """Patch AE: patch-wise auto-encoder for visual anomaly detection (arXiv 2308.00429), top to bottom.
 
-Train on normal images only. Each is given artificial defects (⊗) and must be rebuilt *with* them,
-every patch from its own feature vector alone: a vector that has to draw a defect cannot hide it.
-At test time a patch is as anomalous as its vector is far from all vectors of the normal images.
+Training sees normal images only. Each gets artificial defects (⊗), and the auto-encoder must
+rebuild the image *with* its defects. The decoder draws every patch from one feature vector, r_ij,
+and sees nothing else. So r_ij must contain the defect, and cannot hide it.
+At test time we compare each vector with the vectors of all normal images. The distance to the
+nearest one is the anomaly score of the patch.
 
     image ⊗ defects → backbone → ⊕ → encoder → R → decoder → patches    (training: E1, E2, E3)
     image           → backbone → ⊕ → encoder → R → nearest in M → map → score   (test: E1, E4, E5)
 
 The labels (E1) to (E5) are ours: match them to the numbered equations of your copy of the paper.
-Defaults say `paper` where the paper is known to say so, and `our choice: reason` elsewhere.
+Where the paper is known to make a choice, a comment says `paper`. Elsewhere it says `our choice`,
+with the reason.
 
 Notation
-    symbol  name in code  shape              meaning
-    I       image         (B, 3, H, W)       normal image (in training with defects), [0, 1]
-    α       alpha         (1, h, w)          opacity of an artificial defect in its box, [0, 1]
-    p       patch_size                       side of a patch, pixels
-    P       P                                patches of an image: H'·W' = (H/p)·(W/p)
-    Φ       features      (B, C, H', W')     ⊕: the backbone's scales on the patch grid, joined; ≥ 0
-    R       r             (B, C₃, H', W')    representation; r_ij, one vector for each patch
-    I_ij    patches       (B, 3p², H', W')   the image cut into patches of p × p pixels
-    Î_ij    rebuilt       (B, 3p², H', W')   the patches as the decoder draws them from R
-    M       memory        N × (n, C₃)        a list: of each of the N normal images its vectors r_ij
-    s_ij    anomaly_map   (B, H', W')        distance of each r_ij to its nearest vector in M
-    S       score         (B,)               anomaly score of the image
+    symbol  name in code   shape              meaning
+    I       image          (B, 3, H, W)       image in [0, 1]; in training it has artificial defects
+    α       alpha          (1, h, w)          opacity of an artificial defect in its box, [0, 1]
+    p       patch_size                        side of a patch, in pixels
+    H'      grid                              patches in a column and in a row, H/p
+    P       P                                 patches of an image, H'·W'
+    k       neighbourhood                     side of the neighbourhood that is averaged, in places
+    n       count          (1, 1, h, w)       neighbours that exist: k² inside, fewer at the border
+    C       c                                 channels of Φ
+    Φ       features       (B, C, H', W')     maps of the backbone on the patch grid, joined; ≥ 0
+    C₃      c3                                channels of R
+    R       r              (B, C₃, H', W')    representation; the vector r_ij belongs to one patch
+    I_ij    patches        (B, 3p², H', W')   the image cut into patches of p × p pixels
+    Î_ij    rebuilt        (B, 3p², H', W')   the patches as the decoder draws them from R
+    θ       weights                           of encoder and backbone, θ_e; of the decoder, θ_d
+    λ       defect_weight                     share of the loss of patches with a defect alone
+    N       N                                 number of normal images
+    M       memory         N × (P, C₃)        a list: for each normal image its vectors r_ij
+    s_ij    anomaly_map    (B, H', W')        distance of each r_ij to its nearest vector in M
+    S       score          (B,)               anomaly score of the image
 """
-import argparse
+import copy
 import io
 import math
 import random
-import shutil
-import sys
-import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -42,22 +50,31 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import normalize
 
+
+class UserError(Exception):
+    """Bad input. Its text is one line that names the file or option and says what to do."""
+
+
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
-# paper: defects are added and must be rebuilt. Our choice, all of it: these kinds and numbers,
-# wide enough for faint to glaring, since the test defects are unknown.
-MOST_DEFECTS = 6              # per image: 1 to 6, so that every image trains on some defect
+# paper: artificial defects are added, and must be rebuilt. Their kinds and numbers are our choice.
+# The ranges run from faint to obvious, because we do not know what real defects look like.
+MOST_DEFECTS = 6              # per image: 1 to 6, so that every image has a defect to learn from
 BOX_SIDE = (1 / 24, 1 / 4)    # of the image side: from about one patch to a large stain
-BLOB_CELLS = 4                # noise cells that bend a blob's rim: few, so that lobes stay smooth
+BLOB_CELLS = 4                # noise cells that bend the rim of a blob: few, so that it is smooth
 BLOB_RIM = 0.3                # level at which the blob ends inside its box
-HARD, SOFT = 0.1, 1.0         # width of a blob's rim: cut-out or fading
-GAIN = (0.6, 1.4)             # colour change of a pasted patch
+HARD = 0.1                    # width of a blob's rim that looks cut out
+SOFT = 1.0                    # width of a blob's rim that fades
+GAIN = (0.6, 1.4)             # factor on each colour of a pasted patch
 OPACITY = (0.3, 1.0)          # of scratches and stains: from faint to opaque
-GRAIN = (4, 40)               # pixels, of a stain's noise: finer noise is the sensor's, no defect
-SOFTEN = 3                    # pixels: smoothing of a scratch, about what a lens does
+GRAIN = (4, 40)               # pixels of a stain's noise; finer noise would look like sensor noise
+SOFTEN = 3                    # pixels: smoothing of a scratch, about as much as a lens does
 
 
 def irregular_blob(h, w, softness):
-    """α of a disc whose rim is bent by smooth noise, 0 at the box's border (our choice)."""
+    """Draw the opacity α (1, h, w) of a disc whose rim is bent by noise; 0 at its box's border.
+
+    softness: width of the rim, HARD to SOFT. Our choice: real stains have no straight edges.
+    """
     noise = torch.randn(1, 1, BLOB_CELLS, BLOB_CELLS)
     noise = F.interpolate(noise, (h, w), mode="bicubic")[0]               # (1, h, w)
     y = torch.linspace(-1, 1, h)[:, None]                                 # (h, 1)
@@ -66,8 +83,10 @@ def irregular_blob(h, w, softness):
     return ((disc * (1 + noise / 2) - BLOB_RIM) / softness).clamp(0, 1)   # (1, h, w)
 
 
+# Each of the next three functions returns paint (3, h, w) or (3, 1, 1) in [0, 1], and α (1, h, w).
+# All take the other image, so that add_defects can call any of them; only altered_paste uses it.
 def altered_paste(other, h, w):
-    """A patch of another normal image, flipped and with its colours changed (our choice)."""
+    """Cut a patch from another normal image, flip it, change its colours (our choice: shapes)."""
     top = random.randint(0, other.shape[1] - h)
     left = random.randint(0, other.shape[2] - w)
     patch = other[:, top:top + h, left:left + w].flip(random.choice((1, 2)))  # (3, h, w)
@@ -76,10 +95,10 @@ def altered_paste(other, h, w):
 
 
 def scratch(other, h, w):
-    """A thin curve of one colour: dots along a quadratic Bézier curve, thickened (our choice)."""
-    t = torch.linspace(0, 1, 2 * (h + w))      # dense enough to leave no gap
-    start, bend, end = torch.rand(3, 2, 1)     # each (y, x) in parts of the box
-    y, x = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end
+    """Draw a thin curve of one colour: dots along a quadratic Bézier curve (our choice: thin)."""
+    t = torch.linspace(0, 1, 2 * (h + w))      # (T,), dense enough to leave no gap
+    start, bend, end = torch.rand(3, 2, 1)     # (2, 1) each: y and x, in parts of the box
+    y, x = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end       # (T,) each
     alpha = torch.zeros(1, h, w)
     alpha[0, (y * (h - 1)).round().long(), (x * (w - 1)).round().long()] = 1
     width = random.choice((1, 3))              # pixels, before it is softened
@@ -89,7 +108,7 @@ def scratch(other, h, w):
 
 
 def stain(other, h, w):
-    """A spot of coloured noise or, if that is coarse, of one colour (our choice)."""
+    """Draw a spot of coloured noise; where that is coarse it has one colour (our choice: dirt)."""
     grain = random.randint(*GRAIN)
     cells = torch.rand(1, 3, math.ceil(h / grain), math.ceil(w / grain))
     paint = F.interpolate(cells, (h, w), mode="bilinear")[0]              # (3, h, w)
@@ -98,10 +117,10 @@ def stain(other, h, w):
 
 
 def add_defects(image, other):
-    """⊗: draw 1 to MOST_DEFECTS artificial defects, I ← (1 − α) I + α paint, each in a random box.
+    """⊗: draw 1 to 6 artificial defects, I ← (1 − α) I + α paint, each in a box at a random place.
 
-    image, other: (3, H, W) normal images in [0, 1]; altered_paste takes from `other`. Returns the
-    defected image (3, H, W) in [0, 1] and its mask (1, H, W), True where α > 0.
+    image, other: (3, H, W) normal images in [0, 1]. Returns the image with its defects, (3, H, W)
+    in [0, 1], and the mask (1, H, W), True where α > 0. paper: defects are added.
     """
     image = image.clone()
     height, width = image.shape[1:]
@@ -109,153 +128,187 @@ def add_defects(image, other):
     for _ in range(random.randint(1, MOST_DEFECTS)):
         h = math.ceil(height * random.uniform(*BOX_SIDE))
         w = math.ceil(width * random.uniform(*BOX_SIDE))
-        kind = random.choice((altered_paste, scratch, stain))
-        paint, alpha = kind(other, h, w)       # (3, h, w) or (3, 1, 1); (1, h, w)
+        draw = random.choice((altered_paste, scratch, stain))
+        paint, alpha = draw(other, h, w)
         top = random.randint(0, height - h)
         left = random.randint(0, width - w)
-        box = (..., slice(top, top + h), slice(left, left + w))
-        image[box] = (1 - alpha) * image[box] + alpha * paint
-        mask[box] |= alpha > 0
+        box = image[:, top:top + h, left:left + w]                        # (3, h, w), a view
+        box[:] = (1 - alpha) * box + alpha * paint
+        mask[:, top:top + h, left:left + w] |= alpha > 0
     return image, mask
 
 
-# ---- Config: everything that decides the result -------------------------------------------------
-class UserError(Exception):
-    """Bad input. Its text is one line that names the file or option and the remedy."""
-
-
-def option(default, accepted, description):
-    """A field of Config: its default, what it accepts (None: anything of its type), its help."""
-    return field(default=default, metadata={"accepted": accepted, "help": description})
-
-
-@dataclass
-class Config:
-    """The options of train.py, kept in the checkpoint. UserError where a value is not accepted."""
-    backbone: str = option("wide_resnet50_2", ("resnet18", "resnet50", "wide_resnet50_2",
-                           "wide_resnet101_2"), "our choice: that of most baselines")
-    weights: str = option("imagenet", None, "imagenet, random or a file (paper: pre-trained)")
-    finetune_backbone: bool = option(False, None, "our choice: frozen, few images spoil it")
-    layers: tuple = option((1, 2, 3), range(1, 5), "joined by ⊕ (our choice: detail and context)")
-    image_size: int = option(384, range(64, 2049, 32), "pixels (our choice: shows small defects)")
-    patch_size: int = option(12, range(4, 33, 4), "pixels (our choice: 32 × 32 patches)")
-    neighbourhood: int = option(3, range(1, 10, 2), "average's side (our choice: forgives shifts)")
-    channels: int = option(0, range(8193), "C₃ of a random start (our choice, 0: C₃ = C and R = Φ)")
-    defects: bool = option(True, None, "artificial defects in training (paper)")
-    defect_share: float = option(0.5, "0 to 1", "λ of the loss (our choice: defects are rare)")
-    steps: int = option(1000, range(10**6), "each on one image (our choice: the loss is flat then)")
-    batch_size: int = option(8, range(1, 1025), "images scored at once (our choice: fits a GPU)")
-    lr: float = option(2e-3, "0 to 1", "decoder: Adam, cosine (our choice: rebuilds well in time)")
-    encoder_lr: float = option(1e-5, "0 to 1", "encoder, backbone (our choice: keeps distances)")
-    memory_fraction: float = option(1.0, "0 to 1", "random part of M (our choice: all of it)")
-    threshold_images: int = option(100, range(10**6), "for the threshold (our choice: saves time)")
-    seed: int = option(0, range(2**31), "of every random choice (our choice: any)")
-
-    def __post_init__(self):
-        for one in fields(self):
-            value, accepted = getattr(self, one.name), one.metadata["accepted"]
-            values = value if one.type is tuple else (value,)
-            unit = one.type is float                                      # from 0 to 1
-            if accepted and not all(0 <= v <= 1 if unit else v in accepted for v in values):
-                raise UserError(f"--{one.name.replace('_', '-')} {value}: must be in {accepted}")
-        if self.image_size % self.patch_size:
-            raise UserError(f"--patch-size {self.patch_size}: must divide --image-size; 8 does")
-
-
-# ---- Φ: backbone and ⊕ --------------------------------------------------------------------------
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # colours of the images that the weights were made with
+# ---- Φ: the backbone and ⊕ ----------------------------------------------------------------------
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # colours of the images that the weights were trained on
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TINY = 1e-6  # length: keeps a vector of zeros from being divided by zero
 
 
 def make_backbone(name, layers):
-    """A torchvision ResNet, cut after the last stage in use: (B, 3, H, W) to {stage: map ≥ 0}.
+    """Build a torchvision ResNet that ends after the last stage in use.
 
-    Our choice: its convolutions see the image mirrored at the border. To zeros, torchvision's way,
-    they answer with an edge that no part has and that varies with it: normal borders stand out.
+    It maps (B, 3, H, W) to a dict of maps (B, C_l, H_l, W_l) ≥ 0, one for each stage in layers.
+    Our choice: convolutions see the image mirrored at its border. Zero padding looks like an
+    artificial edge to the network, so the border of a normal image would seem anomalous.
     """
     resnet = torchvision.models.get_model(name, weights=None)
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "reflect"
-    backbone = create_feature_extractor(resnet, [f"layer{stage}" for stage in layers])
-    backbone.to(memory_format=torch.channels_last)  # faster
-    return backbone.eval()  # stored statistics in batch normalisation: never call model.train()
+    return create_feature_extractor(resnet, [f"layer{stage}" for stage in layers]).eval()
 
 
 def temper_contrast(features):
-    """Divide each vector by the square root of its length. (B, C, h, w) ≥ 0 to the same.
+    """Divide each vector by the square root of its length: (B, C, h, w) ≥ 0 to the same.
 
-    Our choice: the same pattern at four times the contrast is then only twice as far from nothing.
-    Highlights vary most between normal images, and would outweigh defects in the dark.
+    Our choice: at four times the contrast the vector becomes only twice as long. Highlights differ
+    most from one normal image to the next, and would count more than a defect in the dark.
     """
     length = features.norm(dim=1, keepdim=True)                           # (B, 1, h, w)
     return features / length.clamp(min=TINY).sqrt()                       # (B, C, h, w)
 
 
-def average_neighbours(features, k):
-    """The sum over the n of k × k neighbours that exist, divided by k √n. (B, C, h, w) to the same.
+def average_neighbours(features, neighbourhood):
+    """Add up the n of k × k neighbours that exist and divide by k √n: (B, C, h, w) to the same.
 
-    Our choice: a patch that moved a little still matches. Inside, n = k² and this is the mean. At
-    the border a mean of fewer values is noisier, and normal images would score highest there; but
-    the sum of n independent values has a deviation ∝ √n: divided by k √n it is alike everywhere.
+    Our choice: after the average a patch that moved a little still matches. Inside the image
+    n = k², and this is the mean. At the border a plain mean has fewer values, so it varies more, and
+    normal images would score highest there. The sum of n independent values has a standard deviation
+    that grows with √n. So after the division by k √n all places vary alike. The price: the vectors
+    at the border become shorter, by the factor √n / k.
     """
-    mean = F.avg_pool2d(features, k, stride=1, padding=k // 2)            # (B, C, h, w): sum / k²
+    k = neighbourhood
     ones = torch.ones_like(features[:1, :1])                              # (1, 1, h, w)
-    share = F.avg_pool2d(ones, k, stride=1, padding=k // 2)               # (1, 1, h, w): n / k²
-    return mean / share.sqrt()                                            # (B, C, h, w)
+    total = k**2 * F.avg_pool2d(features, k, stride=1, padding=k // 2)    # (B, C, h, w): the sum
+    count = k**2 * F.avg_pool2d(ones, k, stride=1, padding=k // 2)        # (1, 1, h, w): n
+    return total / (k * count.sqrt())                                     # (B, C, h, w)
 
 
 def concatenate_scales(maps, grid, neighbourhood):
-    """⊕: Φ, every map averaged over its neighbours, brought to grid × grid patches, concatenated.
+    """⊕: average each map over its neighbours, bring it to grid × grid places, concatenate them: Φ.
 
-    paper: several scales at one size, concatenated. Our choice: a finer map is averaged within each
-    patch, so that nothing of it is skipped; a coarser one is interpolated bilinearly.
+    maps: (B, C_l, H_l, W_l) each, square. Returns (B, C, H', W'). paper: several scales, brought to
+    one size and concatenated. Our choice: a finer map is averaged over each patch, so that nothing
+    is skipped. Where its places do not fit into the patches (48 into 32), each place is repeated
+    first (48 to 96), and then they do. A coarser map is interpolated.
     """
     joined = []
     for m in maps:
         m = average_neighbours(m, neighbourhood)                          # (B, C_l, H_l, W_l)
-        mode = "area" if m.shape[-1] > grid else "bilinear"
-        joined.append(F.interpolate(m, (grid, grid), mode=mode))          # (B, C_l, H', W')
+        side = m.shape[-1]
+        if side > grid:
+            common = math.lcm(side, grid)
+            m = F.interpolate(m, (common, common), mode="nearest")        # (B, C_l, common, common)
+            joined.append(F.avg_pool2d(m, common // grid))                # (B, C_l, H', W')
+        else:
+            joined.append(F.interpolate(m, (grid, grid), mode="bilinear"))  # (B, C_l, H', W')
     return torch.cat(joined, dim=1)                                       # (B, C, H', W')
 
 
-def patchify(image, p):
-    """Cut into P = H'·W' patches: (B, 3, H'p, W'p) to (B, 3p², H', W'). Undone by pixel_shuffle."""
-    return F.pixel_unshuffle(image, p)                                    # (B, 3p², H', W')
+# ---- R: the encoder, and the decoder ------------------------------------------------------------
+# A 1×1 convolution is one linear layer W x + b, applied to the vector x of each place on its own.
+class Encoder(nn.Module):
+    """Two blocks of 1×1 convolution and ReLU (paper). With the backbone and ⊕ it is f_e.
 
-
-# ---- the equations ------------------------------------------------------------------------------
-def represent(features, encoder):
-    """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂), Φ being ⊕ of I's backbone maps.
-
-    paper. features: (B, C, H', W'); encoder: the two blocks of 1×1 convolution and ReLU. A 1×1
-    convolution is one linear layer, applied at every place on its own.
+    start "identity": both layers begin as the identity. Φ ≥ 0 passes both ReLUs, so R = Φ exactly
+    (our choice: training starts from useful distances). "random": torch's own initial weights.
     """
-    return encoder(features)                                              # (B, C₃, H', W')
+
+    def __init__(self, c, c3, start):
+        super().__init__()
+        self.W1 = nn.Conv2d(c, c3, 1)   # W₁, b₁
+        self.W2 = nn.Conv2d(c3, c3, 1)  # W₂, b₂
+        if start == "identity" and c != c3:
+            raise UserError(f"channels = {c3} (option --channels): the identity needs as many as ⊕ "
+                            f"has, {c}; leave the option out, or use --start random")
+        if start == "identity":
+            for layer in (self.W1, self.W2):
+                nn.init.dirac_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features):
+        """(E1) R = f_e(I; θ_e) = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂), where Φ is ⊕ of the maps of I.
+
+        (B, C, H', W') to (B, C₃, H', W'). paper.
+        """
+        hidden = F.relu(self.W1(features))                                # (B, C₃, H', W')
+        return F.relu(self.W2(hidden))                                    # (B, C₃, H', W')
 
 
-def rebuild(r, decoder):
-    """(E2) Î_ij = f_d(r_ij; θ_d) = V₂ ReLU(V₁ r_ij + c₁) + c₂: one vector rebuilds one patch.
+class Decoder(nn.Module):
+    """1×1 convolution, ReLU, 1×1 convolution (paper; ReLU is our choice: as in the encoder): f_d.
 
-    paper; the activation (ReLU) is our choice: as in the encoder. r: (B, C₃, H', W').
+    Our choice: it begins by drawing grey, the middle of [0, 1], to spend no steps on learning that.
     """
-    return decoder(r)                                                     # (B, 3p², H', W')
+
+    def __init__(self, c3, pixels):
+        super().__init__()
+        self.V1 = nn.Conv2d(c3, c3, 1)      # V₁, c₁
+        self.V2 = nn.Conv2d(c3, pixels, 1)  # V₂, c₂; pixels: 3p²
+        nn.init.constant_(self.V2.bias, 1 / 2)
+
+    def forward(self, r):
+        """(E2) Î_ij = f_d(r_ij; θ_d) = V₂ ReLU(V₁ r_ij + c₁) + c₂: one vector rebuilds one patch.
+
+        (B, C₃, H', W') to (B, 3p², H', W'). paper.
+        """
+        hidden = F.relu(self.V1(r))                                       # (B, C₃, H', W')
+        return self.V2(hidden)                                            # (B, 3p², H', W')
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+def patchify(image, patch_size):
+    """Cut images into P = H'·W' patches: (B, 3, H'p, W'p) to (B, 3p², H', W'). paper."""
+    return F.pixel_unshuffle(image, patch_size)                           # (B, 3p², H', W')
+
+
+def unpatchify(patches, patch_size):
+    """Put patches together to images, the inverse of patchify: (B, 3p², H', W') to (B, 3, H, W)."""
+    return F.pixel_shuffle(patches, patch_size)                           # (B, 3, H, W)
+
+
+def patch_error(rebuilt, patches):
+    """The term of each patch in (E3), ‖Î_ij − I_ij‖² / 3p².
+
+    rebuilt, patches: (B, 3p², H', W'). Returns (B, H', W').
+    """
+    squared_norm = (rebuilt - patches).square().sum(dim=1)                # (B, H', W')
+    return squared_norm / patches.shape[1]                                # (B, H', W')
 
 
 def reconstruction_loss(rebuilt, patches):
-    """(E3) L = 1/(P · 3p²) Σ_ij ‖Î_ij − I_ij‖², I being the image with artificial defects (paper).
+    """(E3) L = 1/(P · 3p²) Σ_ij ‖Î_ij − I_ij‖², where I is the image with artificial defects.
 
-    rebuilt, patches: all values of the patches of one image or of several, in the same order.
+    rebuilt, patches: (B, 3p², H', W'), the mean over the B images. paper.
     """
-    return (rebuilt - patches).square().mean()                            # ()
+    return patch_error(rebuilt, patches).mean()                           # ()
 
 
+def training_loss(rebuilt, image, mask, patch_size, defect_weight):
+    """What training minimises: (1 − λ) · (E3) + λ · (E3) of the patches with a defect alone.
+
+    rebuilt: (B, 3p², H', W'); image: (B, 3, H, W) in [0, 1] with its defects, which is the input
+    and the target (paper); mask: (B, 1, H, W) bool. Without any defect it is (E3).
+    Our choice: few patches have a defect, and those are the hard ones.
+    """
+    patches = patchify(image, patch_size)                                 # (B, 3p², H', W')
+    loss = reconstruction_loss(rebuilt, patches)
+    if not mask.any():
+        return loss                                                       # ()
+    defective = F.max_pool2d(mask.float(), patch_size)[:, 0]              # (B, H', W'), 1: defect
+    errors = patch_error(rebuilt, patches) * defective                    # (B, H', W')
+    return (1 - defect_weight) * loss + defect_weight * errors.sum() / defective.sum()  # ()
+
+
+# ---- scoring ------------------------------------------------------------------------------------
 def nearest_distance(r, memory):
-    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂: the anomaly map (paper).
+    """(E4) s_ij = min_{m∈M} ‖r_ij − m‖₂: the anomaly map.
 
-    r: (B, C₃, H', W'); memory: N ≥ 1 tensors (n, C₃). Our choice: one normal image at a time with a
-    running minimum, so that however large M is, only B · P · n distances are held at once.
+    r: (B, C₃, H', W'); memory: N ≥ 1 tensors (P, C₃) or smaller. Returns (B, H', W'). paper.
+    Our choice: we take one normal image at a time and keep the smallest distance so far. So however
+    large M is, only B · P · P distances are in memory at once.
+    torch.cdist computes with matrix products and rounds: the distance of a vector to itself comes
+    out as up to 0.005, not 0. The exact mode of cdist is many times slower.
     """
     queries = r.movedim(1, -1).flatten(0, 2)                              # (B · P, C₃)
     nearest = torch.full((len(queries),), math.inf, device=r.device)
@@ -265,140 +318,262 @@ def nearest_distance(r, memory):
 
 
 def image_score(anomaly_map, highest=3):
-    """(E5) S = 1/k Σ of the k = 3 largest s_ij: an image is as anomalous as its worst patches.
+    """(E5) S = mean of the three largest s_ij: an image is as anomalous as its worst patches.
 
-    paper: S comes from the map; our choice: how. Three are steadier than one, and still local
-    (held-out scores of 1 to 20 tie). (B, H', W'), at least k places, to (B,).
+    (B, H', W') with at least three places, to (B,). paper: S comes from the map. Our choice: three
+    are steadier than one, and still local.
     """
     return anomaly_map.flatten(1).topk(highest).values.mean(dim=1)        # (B,)
 
 
 # ---- the model ----------------------------------------------------------------------------------
+@dataclass
+class Config:
+    """All that decides the result. train.py has an option for each; the checkpoint keeps them."""
+    backbone: str = "wide_resnet50_2"  # our choice: the one that most baselines use
+    weights: str = "imagenet"          # paper: pre-trained; or "random", or a file
+    finetune_backbone: bool = False    # our choice: ImageNet features carry defects already
+    layers: tuple = (1, 2, 3)          # our choice: stages joined by ⊕, from detail to context
+    image_size: int = 384              # our choice: pixels; small defects are still visible
+    patch_size: int = 12               # our choice: pixels; gives 32 × 32 patches
+    neighbourhood: int = 3             # our choice: a patch that moved a little still matches
+    channels: int | None = None        # our choice: C₃ = C, as many as ⊕ has
+    start: str = "identity"            # our choice: R = Φ at the start, or "random"
+    defects: bool = True               # paper: training images get artificial defects
+    defect_weight: float = 0.5         # our choice: λ; patches with a defect are few
+    steps: int = 1000                  # our choice: one image each; then the loss is almost flat
+    lr: float = 2e-3                   # our choice: Adam's rate for the decoder, with a cosine
+    encoder_lr: float = 1e-5           # our choice: slower, because distances are good at the start
+    memory_fraction: float = 1.0       # our choice: M keeps all vectors
+    threshold_images: int = 100        # our choice: more would take longer and change little
+    seed: int = 0                      # our choice: any number
+
+
+# The demo needs no download. The features of random weights are weak, so training starts there:
+# early stages, small patches, no average, and high rates for the whole encoder with its backbone.
+DEMO = Config(backbone="resnet18", weights="random", finetune_backbone=True, layers=(1, 2),
+              image_size=128, patch_size=4, neighbourhood=1, lr=5e-3, encoder_lr=1e-3)
+
+BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
+
+
+def check_config(config):
+    """Raise a UserError that names the first field whose value cannot be used, and its range."""
+    size, patch = config.image_size, config.patch_size
+    rules = {
+        "backbone": (config.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}"),
+        "layers": (config.layers and set(config.layers) <= {1, 2, 3, 4}, "stages from 1 to 4"),
+        "image_size": (64 <= size <= 2048 and size % 32 == 0, "a multiple of 32 from 64 to 2048"),
+        "patch_size": (4 <= patch <= 32 and patch % 4 == 0 and size % patch == 0,
+                       f"a multiple of 4 from 4 to 32 that divides --image-size {size}; 8 does"),
+        "neighbourhood": (config.neighbourhood in (1, 3, 5, 7, 9), "1, 3, 5, 7 or 9"),
+        "channels": (config.channels is None or 1 <= config.channels <= 8192, "from 1 to 8192"),
+        "start": (config.start in ("identity", "random"), "identity or random"),
+        "defect_weight": (0 <= config.defect_weight <= 1, "from 0 to 1"),
+        "steps": (0 <= config.steps < 10**6, "from 0 to 999999"),
+        "lr": (0 <= config.lr <= 1, "from 0 to 1"),
+        "encoder_lr": (0 <= config.encoder_lr <= 1, "from 0 to 1"),
+        "memory_fraction": (0 <= config.memory_fraction <= 1, "from 0 to 1"),
+        "threshold_images": (0 <= config.threshold_images < 10**6, "from 0 to 999999"),
+        "seed": (0 <= config.seed < 2**31, "from 0 to 2147483647")}
+    for field, (accepted, range_in_words) in rules.items():
+        if not accepted:
+            raise UserError(f"{field} = {getattr(config, field)} (option "
+                            f"--{field.replace('_', '-')}): must be {range_in_words}")
+
+
+METHODS = ("trained", "raw", "reconstruction")  # distance in R, distance in Φ, error of the decoder
+
+
 class PatchAE(nn.Module):
-    """Backbone, ⊕, encoder and decoder; forward is (E1) and (E2)."""
+    """The detector: backbone, ⊕, encoder, decoder, and what it remembers of the normal images."""
 
     def __init__(self, config):
         super().__init__()
+        check_config(config)
         self.config = config
-        self.grid = config.image_size // config.patch_size
+        self.grid = config.image_size // config.patch_size                # H'
         self.backbone = make_backbone(config.backbone, config.layers)
         self.backbone.requires_grad_(config.finetune_backbone)
+        self.raw_backbone = self.backbone                # as it was before training
+        if config.finetune_backbone:
+            self.raw_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
         c3 = config.channels or c                                         # C₃
-        pixels = 3 * config.patch_size**2                                 # 3p²
-        self.encoder = nn.Sequential(nn.Conv2d(c, c3, 1), nn.ReLU(),
-                                     nn.Conv2d(c3, c3, 1), nn.ReLU())
-        self.decoder = nn.Sequential(nn.Conv2d(c3, c3, 1), nn.ReLU(), nn.Conv2d(c3, pixels, 1))
-        nn.init.constant_(self.decoder[2].bias, 1 / 2)  # grey: no steps go into the mean colour
-        if not config.channels:  # R = Φ exactly: Φ ≥ 0 passes both ReLUs unchanged
-            for convolution in self.encoder[::2]:
-                nn.init.dirac_(convolution.weight)
-                nn.init.zeros_(convolution.bias)
+        self.encoder = Encoder(c, c3, config.start)
+        self.decoder = Decoder(c3, 3 * config.patch_size**2)
+        self.images = torch.empty(0, dtype=torch.uint8)  # (N, 3, H, W), the normal images
+        self.names = []                                  # their N file names, if they are known
+        self.normal_scores = torch.empty(0)              # (n,) of normal images, without themselves
+        self.memory = []                                 # M
+        self.places = []                                 # N × (P,): i · W' + j of each r_ij
+        self.remembered = None                           # the method whose vectors are in M
+        self.batch_size = None                           # images at once; None: 1 on a CPU, else 8
 
-    def features(self, image):
-        """Φ: (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
-        maps = self.backbone(normalize(image, IMAGENET_MEAN, IMAGENET_STD))
-        maps = [temper_contrast(m) for m in maps.values()]
+    @property
+    def device(self):
+        """Where the weights are, and where all is computed."""
+        return self.decoder.V1.weight.device
+
+    def train(self, mode=True):
+        """As in any nn.Module, but the backbone's batch normalisation uses its stored statistics.
+
+        Our choice: with those of one image, Φ of an image would depend on its own defects.
+        """
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def features(self, image, backbone=None):
+        """Φ of images: (B, 3, H, W) in [0, 1] to (B, C, H', W'), by the model's own backbone."""
+        # channels_last is faster by a third on a CPU; on GPUs some versions compute wrongly in it
+        layout = torch.channels_last if image.device.type == "cpu" else torch.contiguous_format
+        image = normalize(image, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=layout)
+        maps = [temper_contrast(m) for m in (backbone or self.backbone)(image).values()]
         return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
-    device = property(lambda self: self.decoder[0].weight.device)
+    def represent(self, image):
+        """R of images: (B, 3, H, W) in [0, 1] to (B, C₃, H', W'). The whole of f_e."""
+        return self.encoder(self.features(image))
 
     def forward(self, image):
-        """Î (B, 3p², H', W') of (B, 3, H, W) in [0, 1]: each patch rebuilt from its own vector."""
-        return rebuild(represent(self.features(image), self.encoder), self.decoder)
+        """Î of images: (B, 3, H, W) in [0, 1] to (B, 3p², H', W'), patch by patch."""
+        return self.decoder(self.represent(image))
 
+    def vectors(self, image, method):
+        """What is compared: R for the method "trained"; for "raw" Φ, as it was before training."""
+        if method == "raw":
+            return self.features(image, self.raw_backbone)
+        return self.represent(image)
 
-# ---- training -----------------------------------------------------------------------------------
-def training_loss(model, image, mask):
-    """(1 − λ) · (E3) over all patches + λ · (E3) over those with a defect; λ: config.defect_share.
+    def batches(self, images, progress=iter):
+        """Yield images (N, 3, H, W) uint8 in parts (B, 3, H, W) in [0, 1] on the device."""
+        size = self.batch_size or (1 if self.device.type == "cpu" else 8)  # 1 fits a CPU's cache
+        for batch in progress(images.split(size)):
+            yield batch.to(self.device) / 255
 
-    image: (B, 3, H, W) in [0, 1], with its defects, is input and target (paper); mask: (B, 1, H, W)
-    bool, empty: (E3) alone. Our choice: few patches have a defect, and those are the hard ones.
-    """
-    p = model.config.patch_size
-    share = model.config.defect_share                                     # λ
-    patches = patchify(image, p).movedim(1, -1)                           # (B, H', W', 3p²)
-    rebuilt = model(image).movedim(1, -1)                                 # (B, H', W', 3p²)
-    loss = reconstruction_loss(rebuilt, patches)
-    defective = F.max_pool2d(mask.float(), p)[:, 0] > 0                   # (B, H', W')
-    if defective.any():
-        on_defects = reconstruction_loss(rebuilt[defective], patches[defective])
-        loss = (1 - share) * loss + share * on_defects
-    return loss                                                           # ()
+    @torch.inference_mode()
+    def build_memory(self, method="trained", progress=iter):
+        """Fill M with vectors of the normal images, config.memory_fraction of P of each.
 
+        Their places are drawn by config.seed. There is at least one of each image.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed)
+        P = self.grid**2
+        keep = max(1, math.ceil(P * self.config.memory_fraction))
+        self.memory, self.places, self.remembered = [], [], method
+        for image in self.batches(self.images, progress):
+            for vectors in self.vectors(image, method).flatten(2).mT:     # (P, C₃)
+                places = torch.randperm(P, generator=generator)[:keep].sort().values
+                self.memory.append(vectors[places.to(vectors.device)])    # (keep, C₃)
+                self.places.append(places)
 
-# ---- scoring ------------------------------------------------------------------------------------
-@torch.inference_mode()
-def build_memory(model, batches):
-    """M: of each normal image its vectors, a list of N tensors (n, C₃), n = ⌈memory_fraction · P⌉.
+    @torch.inference_mode()
+    def score_normal_images(self, progress=iter):
+        """The scores S (n,) of normal images, each against the memory of all the others.
 
-    batches: an iterable of (B, 3, H, W) in [0, 1]. The n ≥ 1 places are drawn by config.seed.
-    """
-    torch.manual_seed(model.config.seed)
-    P = model.grid**2
-    n = max(1, math.ceil(P * model.config.memory_fraction))
-    memory = []
-    for image in batches:
-        r = represent(model.features(image), model.encoder)               # (B, C₃, H', W')
-        memory += [one[torch.randperm(P)[:n]] for one in r.flatten(2).mT]  # (n, C₃), from (P, C₃)
-    return memory
+        At most config.threshold_images are scored, evenly spread. An exact copy of an image would
+        make its score 0, so copies are left out together with it.
+        """
+        N = len(self.images)
+        first = first_copies(self.images)
+        stride = math.ceil(N / max(1, self.config.threshold_images))
+        scores = []
+        for i in progress(range(0, N if self.config.threshold_images else 0, stride)):
+            others = [vectors for j, vectors in enumerate(self.memory) if first[j] != first[i]]
+            if others:
+                image, = self.batches(self.images[i:i + 1])
+                anomaly_map = nearest_distance(self.represent(image), others)
+                scores.append(image_score(anomaly_map).item())
+        return torch.tensor(scores)
 
+    def remember(self, images, names=(), progress=iter):
+        """Build M from normal images (N, 3, H, W) uint8, and score them for the threshold.
 
-@torch.inference_mode()
-def score_maps(model, image, memory):
-    """Anomaly maps (B, H', W') of (B, 3, H, W) in [0, 1]: (E1), then (E4)."""
-    return nearest_distance(represent(model.features(image), model.encoder), memory)
+        names: their file names, which only pictures show. progress: wraps a sequence, as tqdm does.
+        """
+        self.images = images
+        self.names = list(names)
+        self.build_memory("trained", progress)
+        self.normal_scores = self.score_normal_images(progress)
 
+    @torch.inference_mode()
+    def anomaly_maps(self, images, method="trained"):
+        """The anomaly maps (N, H', W'), on the CPU, of images (N, 3, H, W) uint8.
 
-# ==== nothing from the paper below: what both scripts share, then the model and its files ========
-def exit_code(work, *arguments):
-    """What work(*arguments) returns, or 0; after bad input or a full disk one line on stderr, 2."""
-    try:
-        return work(*arguments) or 0
-    except (UserError, OSError) as error:  # an OSError names its file itself
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        method "trained": (E4) in R; "raw": (E4) in Φ; "reconstruction": the terms of (E3), by which
+        a classical auto-encoder scores. UserError if there are no normal images to compare with.
+        """
+        if method != "reconstruction" and method != self.remembered:
+            if not len(self.images):
+                raise UserError("this model has no normal images to compare with: call remember")
+            self.build_memory(method)
+        maps = []
+        for image in self.batches(images):
+            if method == "reconstruction":
+                one = patch_error(self(image), patchify(image, self.config.patch_size))
+            else:
+                one = nearest_distance(self.vectors(image, method), self.memory)
+            maps.append(one.cpu())
+        return torch.cat(maps)                                            # (N, H', W')
 
+    def threshold(self, quantile=0.99):
+        """The score above which an image counts as anomalous: this quantile of the normal scores.
 
-def make_parser(description):
-    """argparse with the options that both scripts have; what it cannot read ends with one line."""
-    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, help="data set: a folder with NAME/train/good")
-    add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or all")
-    add("--demo", action="store_true", help="the toy set, drawn if absent; needs no download")
-    add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    return parser
+        Our choice: 0.99 for about one false alarm in a hundred. UserError if there are no scores.
+        """
+        if not len(self.normal_scores):
+            raise UserError("no threshold: it needs two different normal images or more, and "
+                            "--threshold-images above 0")
+        return torch.quantile(self.normal_scores, quantile).item()
 
-
-def choose_device(name):
-    """The torch device, printed; for "auto" the first of cuda, mps and cpu. UserError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    kind = next(k for k in found if found[k]) if name == "auto" else name
-    if not found[kind]:
-        raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
-    print(f"device: {kind} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
-    return torch.device(kind)
-
-
-@contextmanager
-def whole(path):
-    """Yield a temporary path; the file or folder made there takes the place of `path` in the end.
-
-    After an error or Ctrl-C `path` is as it was before. What cannot be written is a UserError.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            yield unfinished
-            shutil.rmtree(path, ignore_errors=True)  # of a folder; a file is replaced
+    def save(self, path):
+        """Write all that scoring needs to one file, which load reads. OSError."""
+        content = {"config": asdict(self.config), "model": self.state_dict(), "images": self.images,
+                   "names": self.names, "normal_scores": self.normal_scores}
+        file = io.BytesIO()  # torch.save straight to a full disk fails in ways that hide the reason
+        torch.save(content, file)
+        unfinished = Path(f"{path}.part")
+        try:
+            unfinished.write_bytes(file.getbuffer())
             unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """A model from a file that save wrote. UserError if it is not one of this version."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(Config(**content["config"]))
+            model.load_state_dict(content["model"])
+            model.images = content["images"].byte()
+            model.names = [str(name) for name in content["names"]]
+            model.normal_scores = content["normal_scores"].float()
+        except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
+            raise UserError(f"{path}: not a checkpoint of this version ({error!r:.99}); make it "
+                            "with train.py, without --skip-finished") from error
+        return model.to(device)
+
+
+# ==== nothing from the paper below: chance, copies, weights, device ==============================
+@contextmanager
+def seeded(seed):
+    """Inside, the seed decides all random draws; afterwards the caller's state is as before."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def first_copies(images):
+    """For each of the images (N, 3, H, W) uint8 the index of the first that has the same pixels."""
+    first = {}
+    return [first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)]
 
 
 def load_weights(backbone, name, source):
@@ -414,37 +589,31 @@ def load_weights(backbone, name, source):
         if missing:
             raise KeyError(missing[0])
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
-        raise UserError(f"--weights {source}: does not serve --backbone {name} ({error!r:.99}); "
+        raise UserError(f"--weights {source}: does not fit --backbone {name} ({error!r:.99}); "
                         f"give a state-dict file, put the download into {torch.hub.get_dir()}"
-                        "/checkpoints, or try random") from error
+                        "/checkpoints, or try --weights random") from error
 
 
-def build_model(config):
-    """A PatchAE with its backbone's weights; all else is drawn by config.seed. UserError."""
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    model = PatchAE(config)
+def build_model(config, device="cpu"):
+    """A new PatchAE with the weights of its backbone; config.seed draws all others. UserError."""
+    with seeded(config.seed):
+        model = PatchAE(config)
     if config.weights != "random":
         load_weights(model.backbone, config.backbone, config.weights)
-    print(f"backbone: {config.backbone}, weights: {config.weights}")
-    return model
+        model.raw_backbone.load_state_dict(model.backbone.state_dict())
+    return model.to(device)
 
 
-def save_checkpoint(path, model, images, normal_scores):
-    """All that scoring needs: config, weights, normal images (N, 3, H, W) uint8, their scores."""
-    file = io.BytesIO()  # torch.save straight to a full disk fails in ways that hide the reason
-    torch.save({"config": asdict(model.config), "model": model.state_dict(), "images": images,
-                "normal_scores": normal_scores}, file)
-    path.write_bytes(file.getbuffer())
-
-
-def load_checkpoint(path):
-    """(model, its normal images (N, 3, H, W) uint8, their leave-one-out scores (n,)). UserError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model = PatchAE(Config(**content["config"]))
-        model.load_state_dict(content["model"])
-        return model, content["images"].byte(), content["normal_scores"].float()
-    except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
-        raise UserError(f"{path}: no checkpoint of this version ({error!r:.99}); make it with "
-                        "train.py, without --skip-finished") from error
+def choose_device(name):
+    """The torch device, printed. "auto": cuda if torch finds one, else the CPU. UserError."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = "cuda" if found["cuda"] else "cpu"
+    if not found[name]:
+        raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
+    # else newer NVIDIA cards round to 10 bits and may sum in another order every time: R ≠ Φ
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
+    return torch.device(name)

@@ -3,169 +3,268 @@
     python train.py --demo
     python train.py --data ROOT --category NAME [NAME ...]
 
-Reads ROOT/NAME/train/good; writes OUT/NAME/checkpoint.pt, train.csv and defects.png, in place of
-whatever an earlier training and its evaluations left in OUT/NAME.
+Reads ROOT/NAME/train/good. Writes OUT/NAME/checkpoint.pt, train.csv and defects.png, which replace
+all that an earlier training and its evaluations left in OUT/NAME.
 """
 import argparse
 import csv
 import dataclasses
 import math
 import random
-import sys
+import shutil
 import time
+from functools import partial
 
 import torch
 from torchvision.utils import save_image
 
 import patchae
 from data import make_toy
-from data.images import batches, choose_categories, list_images, progress, read_images
-from patchae import Config, UserError
+from data.files import exit_code, make_parser, parse_args, run, whole
+from data.images import choose_categories, list_images, progress, read_images
+from patchae import DEMO, Config, PatchAE, UserError
 
-REPORTS = 10   # our choice: lines of the log
-PREVIEWS = 6   # our choice: rows of defects.png, as many as a screen shows
-HELD_OUT = 24  # our choice: images with defects that training never sees, for `rebuilt`
-DIVERGED = 1e4  # our choice: drawing nothing but the mean colour has a loss of about 1
-# our choice: no download. Random features fade with depth, so early stages, small patches and no
-# average; there is less in them to preserve, so that higher rates rebuild more
-DEMO = {"data": make_toy.ROOT, "category": ["all"], "backbone": "resnet18", "weights": "random",
-        "layers": (1, 2), "image_size": 128, "patch_size": 4, "neighbourhood": 1, "lr": 5e-3,
-        "encoder_lr": 1e-3}
+REPORTS = 10     # our choice: lines of the log
+PREVIEWS = 6     # our choice: rows of defects.png, as many as fit on a screen
+CHECKED = 24     # our choice: images with new artificial defects, for the missing share
+DIVERGED = 1e4   # our choice: grey patches have a loss below 0.25 and a missing share below 100
+CHECK_SEED = 2**31  # added to the seed, so that the new defects are not those of training
 
 
-def parse(argv):
-    """The command line: args, and the Config that its options make."""
-    parser = patchae.make_parser(__doc__)
-    parser.add_argument("--skip-finished", action="store_true",
-                        help="leave out categories whose checkpoint has this configuration")
-    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
-    for one in dataclasses.fields(Config):
-        accepted = one.metadata["accepted"] or one.type.__name__
-        parser.add_argument("--" + one.name.replace("_", "-"), default=one.default,
-                            **kinds.get(one.type, {"type": one.type}),
-                            help=f"{one.metadata['help']}; {accepted} (default: {one.default})")
-    if parser.parse_args(argv).demo:  # an option that is given beside --demo still wins
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
-    args.layers = tuple(sorted(set(args.layers)))
-    return args, Config(**{one.name: getattr(args, one.name) for one in dataclasses.fields(Config)})
+# ---- options ------------------------------------------------------------------------------------
+def parse(argv=None):
+    """The command line: (args, the Config that its options make). UserError."""
+    parser, group = make_parser(__doc__)
+    group.add_argument("--skip-finished", action="store_true",
+                       help="leave out what was trained before with the same images and options")
+    add_method_options(parser.add_argument_group("method"))
+    add_training_options(parser.add_argument_group("training"))
+    args = parse_args(parser, argv)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
+             if hasattr(args, field.name)}
+    if "layers" in given:
+        given["layers"] = tuple(sorted(set(given["layers"])))
+    config = dataclasses.replace(DEMO if args.demo else Config(), **given)
+    patchae.check_config(config)
+    return args, config
 
 
+def option(group, name, kind, text):
+    """Add an option that is absent from the parsed arguments unless it is given."""
+    group.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
+                       help=text)
+
+
+def switch(group, name, text):
+    """Add an option --NAME with its opposite --no-NAME, likewise."""
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                       help=text)
+
+
+def add_method_options(group):
+    """The options that decide how an image becomes vectors."""
+    group.add_argument("--backbone", choices=patchae.BACKBONES, default=argparse.SUPPRESS,
+                       help="network that gives the features (default: wide_resnet50_2)")
+    option(group, "--weights", str, "its weights: imagenet (downloaded once), random, or a file "
+           "with a torchvision state dict (default: imagenet)")
+    group.add_argument("--layers", type=int, nargs="+", metavar="STAGE", default=argparse.SUPPRESS,
+                       help="stages of the backbone to join, 1 to 4 (default: 1 2 3)")
+    option(group, "--image-size", int, "side to which every image is resized, in pixels: a "
+           "multiple of 32 from 64 to 2048 (default: 384)")
+    option(group, "--patch-size", int, "side of a patch, in pixels: a multiple of 4 from 4 to 32 "
+           "that divides the image size (default: 12)")
+    option(group, "--neighbourhood", int, "side of the square of places that are averaged: 1 (no "
+           "average), 3, 5, 7 or 9 (default: 3)")
+    option(group, "--channels", int, "length of the vectors R, from 1 to 8192 (default: as many "
+           "as the joined stages have)")
+    group.add_argument("--start", choices=("identity", "random"), default=argparse.SUPPRESS,
+                       help="how the encoder begins: as the identity, so that R equals the "
+                       "features, or with random weights (default: identity)")
+    option(group, "--memory-fraction", float, "part of each normal image's vectors that is kept, "
+           "drawn at random, from 0 to 1 (default: 1, all)")
+
+
+def add_training_options(group):
+    """The options of the training loop and of the threshold."""
+    switch(group, "--finetune-backbone", "train the backbone, too (default: no)")
+    switch(group, "--defects", "draw artificial defects into the training images (default: yes)")
+    option(group, "--defect-weight", float, "share of the loss that counts only patches with a "
+           "defect, from 0 to 1 (default: 0.5)")
+    option(group, "--steps", int, "training steps, one image each (default: 1000)")
+    option(group, "--lr", float, "learning rate of the decoder, from 0 to 1 (default: 0.002)")
+    option(group, "--encoder-lr", float, "learning rate of the encoder, and of the backbone if it "
+           "is trained, from 0 to 1 (default: 1e-05)")
+    option(group, "--threshold-images", int, "normal images that are scored for the threshold; 0 "
+           "leaves it out (default: 100)")
+    option(group, "--seed", int, "decides every random choice (default: 0)")
+
+
+# ---- training -----------------------------------------------------------------------------------
 def with_defects(images, i):
     """Image i of (N, 3, H, W) uint8 with defects: (1, 3, H, W) in [0, 1], and (1, 1, H, W) bool."""
-    other = (i + random.randint(1, max(1, len(images) - 1))) % len(images)  # not i if N > 1
+    other = random.choice([j for j in range(len(images)) if j != i] or [i])
     image, mask = patchae.add_defects(images[i] / 255, images[other] / 255)
-    return image[None], mask[None]
+    return image[None], mask[None]                                        # (1, …, H, W)
 
 
-@torch.no_grad()
-def rebuild_images(model, images):
-    """What the decoder makes of R of (N, 3, H, W) in [0, 1]: likewise (N, 3, H, W), on the CPU."""
-    patches = torch.cat([model(image.to(model.device)).cpu() for image in images.split(1)])
-    return torch.pixel_shuffle(patches, model.config.patch_size).clamp(0, 1)
+def fit(model, images, report=lambda step, loss: None):
+    """Train a PatchAE on normal images (N, 3, H, W) uint8; report is called after each step.
 
-
-def fit(model, images, held_out, name):
-    """Train on (N, 3, H, W) uint8; held_out: images, defected, masks. Returns rows for a log."""
+    Each step takes one random image with new artificial defects, as the input and as the target.
+    config.seed decides all random choices. The model forgets its memory, since R changes.
+    """
     config = model.config
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
-        {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # frozen: unmoved
+        {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # stays if it is frozen
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    losses, log = [], []
-    begin = time.monotonic()
-    for step in range(1, config.steps + 1):
-        i = random.randrange(len(images))
-        image, mask = with_defects(images, i)
-        if not config.defects:
-            image, mask = images[i:i + 1] / 255, torch.zeros_like(mask)
-        loss = patchae.training_loss(model, image.to(model.device), mask.to(model.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if len(losses) == math.ceil(config.steps / REPORTS) or step == config.steps:
-            log.append(report(model, held_out, name, step, losses, time.monotonic() - begin))
-            losses = []
-    return log
+    model.remembered = None
+    with patchae.seeded(config.seed):
+        for step in range(1, config.steps + 1):
+            i = random.randrange(len(images))
+            image, mask = images[i:i + 1] / 255, torch.zeros(1, 1, *images.shape[2:], dtype=bool)
+            if config.defects:
+                image, mask = with_defects(images, i)
+            image, mask = image.to(model.device), mask.to(model.device)
+            rebuilt = model(image)                                        # (1, 3p², H', W')
+            loss = patchae.training_loss(rebuilt, image, mask, config.patch_size,
+                                         config.defect_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            report(step, loss.item())
 
 
-def report(model, held_out, name, step, losses, seconds):
-    """Print how far training is; returns a row of the log. UserError where it diverged.
+@torch.no_grad()
+def rebuild_images(model, images):
+    """What the decoder draws of images (N, 3, H, W) in [0, 1]; the same shape, on the CPU."""
+    patches = torch.cat([model(image.to(model.device)).cpu() for image in images.split(1)])
+    return patchae.unpatchify(patches, model.config.patch_size).clamp(0, 1)  # (N, 3, H, W)
 
-    missing: squared error inside the defects; 1 is that of the normal image (our choice).
+
+def missing_share(rebuilt, defected, normal, masks):
+    """The squared error inside the defects, divided by that of the normal images there.
+
+    0 if every defect is rebuilt, 1 if none is. All (N, 3, H, W) in [0, 1], masks (N, 1, H, W) bool.
+    Our choice: a number that compares defects of any size and colour.
     """
-    normal, defected, masks = held_out
-    loss = sum(losses) / len(losses)
-    missing = ((rebuild_images(model, defected) - defected).square() * masks).sum().item()
-    missing /= ((normal - defected).square() * masks).sum().item()
-    if not loss + missing < DIVERGED:  # true of NaN, too
-        raise UserError(f"{name}: the loss is {loss} at step {step}; use a smaller --lr "
-                        "or --encoder-lr")
-    print(f"{name}: step {step}/{model.config.steps}  loss {loss:.4f}  missing {missing:.3f}  "
-          f"{seconds / step * (model.config.steps - step):.0f} s left", flush=True)
-    return [step, loss, missing, seconds]
+    error = ((rebuilt - defected).square() * masks).sum()
+    return (error / ((normal - defected).square() * masks).sum()).item()
 
 
-def normal_scores(model, images):
-    """The scores (E5) (n,) of normal images, each against the memory of all the others.
+class Log:
+    """Reports of a training: about ten lines on the console, which are the rows of train.csv.
 
-    images: (N, 3, H, W) uint8. At most config.threshold_images are scored, evenly spread; none
-    where there is no other.
+    It draws new artificial defects into CHECKED training images. No training step sees them; how
+    well they are rebuilt is the missing share.
     """
-    most = model.config.threshold_images
-    if not most or len(images) < 2:
-        return torch.empty(0)
-    parts = batches(images, model.config.batch_size, model.device, "memory")
-    memory = patchae.build_memory(model, parts)
-    scores = []
-    for i in progress(range(0, len(images), math.ceil(len(images) / most)), "threshold"):
-        image = images[i:i + 1].to(model.device) / 255
-        anomaly_map = patchae.score_maps(model, image, memory[:i] + memory[i + 1:])
-        scores.append(patchae.image_score(anomaly_map).item())
-    return torch.tensor(scores)
+
+    def __init__(self, model, images, name, clock=time.monotonic):
+        self.model, self.name, self.clock = model, name, clock
+        self.rows, self.losses, self.begin = [], [], clock()
+        chosen = [i % len(images) for i in range(CHECKED)]
+        with patchae.seeded(model.config.seed + CHECK_SEED):
+            pairs = [with_defects(images, i) for i in chosen]
+        self.normal = images[chosen] / 255                                # (CHECKED, 3, H, W)
+        self.defected = torch.cat([image for image, _ in pairs])          # (CHECKED, 3, H, W)
+        self.masks = torch.cat([mask for _, mask in pairs])               # (CHECKED, 1, H, W)
+
+    def __call__(self, step, loss):
+        """Take the loss of a step; now and then print a line. UserError where it diverged."""
+        steps = self.model.config.steps
+        self.losses.append(loss)
+        if step % math.ceil(steps / REPORTS) and step < steps:
+            return
+        rebuilt = rebuild_images(self.model, self.defected)
+        missing = missing_share(rebuilt, self.defected, self.normal, self.masks)
+        loss = sum(self.losses) / len(self.losses)
+        if not loss + missing < DIVERGED:  # true of NaN, too
+            raise UserError(f"{self.name}: the loss is {loss} at step {step}; use a smaller --lr "
+                            "or --encoder-lr")
+        seconds = self.clock() - self.begin
+        self.rows.append([step, loss, missing, seconds])
+        self.losses = []
+        print(f"{self.name}: step {step}/{steps}  loss {loss:.4f}  missing_share {missing:.3f}  "
+              f"{seconds / step * (steps - step):.0f} s left", flush=True)
+
+    def write(self, folder):
+        """Write train.csv and defects.png: normal, with defects, their mask, rebuilt."""
+        with open(folder / "train.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["step", "loss", "missing_share", "seconds"], *self.rows])
+        columns = (self.normal, self.defected, self.masks.expand_as(self.normal),
+                   rebuild_images(self.model, self.defected[:PREVIEWS]))
+        cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
+        save_image(cells.flatten(0, 1), folder / "defects.png", nrow=len(columns))
+
+
+# ---- a category, whole --------------------------------------------------------------------------
+def trained_before(folder, config, images):
+    """The model in a results folder if its weights came from these images and options, else None.
+
+    What only decides the memory and the threshold may differ, since it needs no training.
+    """
+    if not (folder / "checkpoint.pt").exists():
+        return None
+    model = PatchAE.load(folder / "checkpoint.pt")
+    same = dataclasses.replace(model.config, memory_fraction=config.memory_fraction,
+                               threshold_images=config.threshold_images)
+    return model if same == config and torch.equal(model.images, images) else None
+
+
+def name_copies(name, paths, images):
+    """Say which normal images are exact copies of others: frames of one video are, for instance."""
+    first = patchae.first_copies(images)
+    copies = [f"{paths[i].name} = {paths[j].name}" for i, j in enumerate(first) if i != j]
+    if copies:
+        print(f"{name}: {len(copies)} copies, left out of each other's scores: {', '.join(copies)}")
 
 
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
-    folder = args.out / name
-    checkpoint = folder / "checkpoint.pt"
-    if args.skip_finished and checkpoint.exists():
-        if patchae.load_checkpoint(checkpoint)[0].config == config:
-            print(f"{name}: {checkpoint} has this configuration, left as it is")
-            return
+    folder, watch = args.out / name, partial(progress, name)
+    paths = list_images(args.data / name / "train" / "good")
+    images = read_images(paths, config.image_size, watch)
+    print(f"{name}: {len(images)} normal images")
+    name_copies(name, paths, images)
+    before = trained_before(folder, config, images) if args.skip_finished else None
+    if before and before.config == config and len(before.normal_scores):
+        print(f"{name}: {folder} has these images and options, left as it is")
+        return
     if folder.exists() and not (folder / "train.csv").exists():
         raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
                         "replaced; choose another --out")
-    images = read_images(list_images(args.data / name / "train" / "good"), config.image_size)
-    model = patchae.build_model(config).to(device)
-    first = [i % len(images) for i in range(HELD_OUT)]
-    normal = images[first] / 255
-    defected, masks = map(torch.cat, zip(*[with_defects(images, i) for i in first]))
-    with patchae.whole(folder) as unfinished:
+    model = before or patchae.build_model(config)
+    model.config, model.batch_size = config, args.batch_size
+    model.images, model.names = images, [path.name for path in paths]
+    model.to(device)
+    log = Log(model, images, name)
+    if not before:
+        print(f"{name}: backbone {config.backbone}, weights {config.weights}")
+        fit(model, images, log)
+    with whole(folder) as unfinished:
         unfinished.mkdir()
-        log = fit(model, images, (normal, defected, masks), name)
-        columns = (normal, defected, masks.expand_as(defected), rebuild_images(model, defected))
-        cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
-        save_image(cells.flatten(0, 1), unfinished / "defects.png", nrow=len(columns))
-        with open(unfinished / "train.csv", "w", newline="") as file:
-            csv.writer(file).writerows([["step", "loss", "rebuilt", "seconds"], *log])
-        scores = normal_scores(model, images)
-        patchae.save_checkpoint(unfinished / "checkpoint.pt", model, images, scores)
-    print(f"{name}: wrote {checkpoint}")
+        if before:
+            for file in ("train.csv", "defects.png"):
+                shutil.copy(folder / file, unfinished)
+        else:
+            log.write(unfinished)
+        model.save(unfinished / "checkpoint.pt")  # before what may need too much memory
+    model.remember(images, model.names, watch)
+    model.save(folder / "checkpoint.pt")
+    print(f"{name}: wrote {folder / 'checkpoint.pt'}")
 
 
 def main(argv=None):
-    """Train every category asked for; one that fails leaves the others. 0, or 2 then. UserError."""
+    """Train each category. After a failure continue with the rest; return 2 then, else 0."""
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
     if args.demo:
         make_toy.draw_if_absent(args.data)
     names = choose_categories(args.data, args.category)
-    return max([patchae.exit_code(train_category, name, args, config, device) for name in names])
+    return max([exit_code(train_category, name, args, config, device) for name in names])
 
 
 if __name__ == "__main__":
-    sys.exit(patchae.exit_code(main))
+    run(main)

@@ -1,47 +1,131 @@
 """A folder (laid out as data/README.md says) as tensors: categories, images, test sets, masks."""
+import os
+import re
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from patchae import UserError
 
-SMALLEST = 8  # pixels of a side: less than a patch shows nothing
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SMALLEST = 8   # pixels of a side: less than a patch shows nothing
+NAMED = 20     # bad files that an error names; more would hide its end
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
+DRAFT = 3      # sides of the resized image: then no pixel differs by more than rounding
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # formats that blur the edges of a mask
+MASK_NAMES = "STEM.png, STEM_mask.png or STEM_mask_*.png"  # for the image STEM.*, any suffix
+ORIENTATION = 0x0112  # the EXIF entry; its values 2 to 8 say how the picture is to be turned
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
 
 
+# ---- folders ------------------------------------------------------------------------------------
 def choose_categories(root, names):
     """The categories of a data set that were asked for. UserError with a list of those there."""
-    if root is None or not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give one with NAME/train/good, or --demo")
+    if root is None or not names:
+        missing = "--data ROOT" if root is None else "--category NAME"
+        raise UserError(f"{missing} is missing; give it, or --demo")
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder; give one with NAME/train/good")
     there = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
     if not there:
         raise UserError(f"--data {root}: no NAME/train/good in it; of a category give the parent")
     unknown = [name for name in names if name not in (*there, "all")]
-    if unknown or not names:
+    if unknown:
         raise UserError(f"--category {' '.join(unknown)}: {root} has {', '.join(there)}; or all")
     return there if "all" in names else list(dict.fromkeys(names))
 
 
-def list_images(folder):
-    """The image files in and below a folder, sorted, without hidden ones. UserError if none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+def walk(folder):
+    """Yield the files in and below a folder, without hidden ones.
+
+    Links to folders are followed; a folder that was seen, or lies above, is not entered again.
+    """
+    seen = {str(path) for path in Path(folder).resolve().parents}
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in files if not name.startswith("."))
+
+
+def list_images(folder, without=None):
+    """The image files in and below a folder, sorted; what is below `without` is left out.
+
+    Prints how many files of other types were skipped. UserError if there is no image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = sorted(walk(folder))
+    if without and without.resolve() not in (folder.resolve(), *folder.resolve().parents):
+        files = [path for path in files if without.resolve() not in path.resolve().parents]
+    skipped = Counter(path.suffix.lower() or "without suffix" for path in files
+                      if path.suffix.lower() not in SUFFIXES)
+    if skipped:
+        found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        print(f"{folder}: skipped {found}")
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not found:
         raise UserError(f"{folder}: no images there; expected {', '.join(SUFFIXES)}")
     return found
 
 
-def open_upright(path):
-    """Pillow's image, decoded and turned as its EXIF data say. UserError if it is not readable."""
+def list_test(folder, test="test"):
+    """The test set folder/test as (image path, type, list of mask paths).
+
+    The type is the parent folder's name, "good" in any case. Masks lie in ground_truth/TYPE (for
+    test sets called test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
+    """
+    samples = []
+    for path in list_images(folder / test):
+        if path.parent.parent != folder / test:
+            raise UserError(f"{path}: expected in {folder / test}/TYPE; move it there")
+        masks = folder / test.replace("test", "ground_truth", 1) / path.parent.name
+        wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
+        found = [mask for mask in sorted(masks.glob("*"))
+                 if mask.suffix.lower() in SUFFIXES and wanted.fullmatch(mask.stem)]
+        kind = path.parent.name
+        samples.append((path, "good" if kind.lower() == "good" else kind, found))
+    return samples
+
+
+# ---- images and masks ---------------------------------------------------------------------------
+def open_upright(path, at_least=None):
+    """Pillow's image, decoded and turned as its EXIF data say. UserError if it is not readable.
+
+    at_least: pixels; a JPEG with much larger sides is decoded at a half, a quarter or an eighth of
+    its size, which is faster and takes less memory.
+    """
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
+            if at_least:
+                file.draft(None, (at_least, at_least))  # does nothing to other formats
+            deep = re.search(r";16[BLN]", str(file.tile)) and not file.mode.startswith("I")
+            file.load()
+            try:
+                turn = TURNS.get(file.getexif().get(ORIENTATION))
+            except Exception:  # broken EXIF data fail in many ways; the picture itself is whole
+                turn = None
+            image = file if turn is None else file.transpose(turn)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large, more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} "
+                        "megapixels; make it smaller first") from error
     except Exception as error:  # foreign bytes: Pillow fails in a dozen ways, all mean the same
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
+    if deep:
+        raise UserError(f"{path}: 16-bit colours would lose detail; scale all images alike to 8 "
+                        "bits and save them as PNG")
+    return image
 
 
 def lay_on(image, colour):
@@ -52,9 +136,12 @@ def lay_on(image, colour):
     return image.convert("RGB")
 
 
-def read_image(path):
-    """An upright RGB image of 8 bits. Transparency is laid on white (our choice: a page)."""
-    image = open_upright(path)
+def read_image(path, at_least=None):
+    """An upright RGB image of 8 bits; at_least: see open_upright. UserError.
+
+    Transparency is laid on white (our choice: a page).
+    """
+    image = open_upright(path, at_least)
     if image.mode[0] in "IF":
         raise UserError(f"{path}: 16-bit or float pixels would be clipped; scale all images alike "
                         "to 8 bits and save them as PNG")
@@ -63,18 +150,64 @@ def read_image(path):
     return lay_on(image, "white")
 
 
-def read_images(paths, size):
-    """(N, 3, size, size) uint8, each image resized whole, without a crop. UserError."""
+def read_readable(paths, size, progress=iter):
+    """Read what can be read: (paths of N images, (N, 3, size, size) uint8, texts of the errors).
+
+    Each image is resized whole, without a crop. At most as many are decoded at once as there are
+    cores, since a photograph takes much more memory than what is kept of it.
+    """
     def read(path):
-        """One image, (size, size, 3)."""
-        return np.array(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
+        """One image (3, size, size), or the text of the error."""
+        try:
+            image = read_image(path, DRAFT * size).resize((size, size), Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)     # (3, size, size)
+        except UserError as error:
+            return str(error)
 
-    with ThreadPoolExecutor() as pool:
-        images = np.stack(list(pool.map(read, paths)))                    # (N, size, size, 3)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)                   # (N, 3, size, size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [one for _, one in zip(progress(paths), pool.map(read, paths))]
+    readable = [path for path, one in zip(paths, found) if torch.is_tensor(one)]
+    images = [one for one in found if torch.is_tensor(one)]
+    images = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return readable, images, [one for one in found if not torch.is_tensor(one)]
 
 
-def progress(items, what):
+def all_errors(errors):
+    """A UserError that names the bad files, the first NAMED of them."""
+    more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+    return UserError("; ".join(errors[:NAMED]) + more)
+
+
+def read_images(paths, size, progress=iter):
+    """Images (N, 3, size, size) uint8, each resized whole. UserError that names all bad files."""
+    _, images, errors = read_readable(paths, size, progress)
+    if errors:
+        raise all_errors(errors)
+    return images
+
+
+def read_mask(masks, image_path, size):
+    """A (size, size) bool mask, True on the defect: nearest resize. Several masks are joined.
+
+    Any value but 0 is a defect; in lossy formats any above half, since they blur edges. Transparent
+    places are no defect. Without a mask all is False. UserError unless it is as large as its image.
+    """
+    joined = torch.zeros(size, size, dtype=torch.bool)
+    wanted = open_upright(image_path).size if masks else None
+    for path in masks:
+        mask = open_upright(path)
+        if mask.size != wanted:
+            raise UserError(f"{path}: the mask has {mask.width} × {mask.height} pixels, its image "
+                            f"{wanted[0]} × {wanted[1]}; make them alike")
+        values = np.asarray(mask if mask.mode[0] in "IF" else lay_on(mask, "black"))
+        least = 127 if path.suffix.lower() in LOSSY else 0
+        defect = (values.reshape(*values.shape[:2], -1) > least).any(axis=2)  # (height, width)
+        defect = Image.fromarray(defect).resize((size, size), Image.Resampling.NEAREST)
+        joined |= torch.from_numpy(np.array(defect))
+    return joined
+
+
+def progress(what, items):
     """Yield the items of a sequence; on a terminal, one line says how far and how long still."""
     begin = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -84,37 +217,3 @@ def progress(items, what):
             end = "\n" if done == len(items) else ""
             print(f"\r{what}: {100 * done // len(items)} %, {left:.0f} s left   ", end=end,
                   file=sys.stderr, flush=True)
-
-
-def batches(images, size, device, what):
-    """Yield (size, 3, H, W) in [0, 1] on the device, from (N, 3, H, W) uint8."""
-    for batch in progress(images.split(size), what):
-        yield batch.to(device) / 255
-
-
-def list_test(folder):
-    """The test set as (image path, type, mask path or None); type: the parent folder's name."""
-    samples = []
-    for path in list_images(folder / "test"):
-        if path.parent.parent != folder / "test":
-            raise UserError(f"{path}: expected in {folder / 'test'}/TYPE; move it there")
-        masks = (folder / "ground_truth" / path.parent.name).glob("*")
-        found = [mask for mask in sorted(masks) if mask.suffix.lower() in SUFFIXES
-                 and mask.stem in (path.stem, f"{path.stem}_mask")]
-        samples.append((path, path.parent.name, found[0] if found else None))
-    return samples
-
-
-def read_mask(path, image_path, size):
-    """A (size, size) bool mask, True on the defect: nearest resize, then any value but 0.
-
-    Transparent places of a mask are no defect. UserError unless it is as large as its image.
-    """
-    mask = open_upright(path)
-    wanted = open_upright(image_path).size
-    if mask.size != wanted:
-        raise UserError(f"{path}: the mask has {mask.width} × {mask.height} pixels, its image "
-                        f"{wanted[0]} × {wanted[1]}; make them alike")
-    values = np.asarray(mask if mask.mode[0] in "IF" else lay_on(mask, "black"))
-    defect = Image.fromarray(values.reshape(*values.shape[:2], -1).any(axis=2))
-    return torch.from_numpy(np.array(defect.resize((size, size), Image.Resampling.NEAREST)))

@@ -1,9 +1,11 @@
 """Draw the toy data set, a machined flange and a sheet of felt, in the MVTec AD layout.
 
-    python data/make_toy.py [--out FOLDER] [--seed N]
+    python data/make_toy.py [--out FOLDER] [--seed N] [--strength LOW HIGH]
 
-Each has 40 normal training, 20 normal and 32 defective test images, and masks. The defects share
-no code with the artificial defects of training. About 8 s.
+Each has 40 normal training images and two test sets of 20 normal and 32 defective images, with
+masks. test_faint has the same images and defects as test, but the defects are blended into the
+normal image, so that they are hard to see. The defects share no code with the artificial defects of
+training. About 10 s.
 """
 import argparse
 import shutil
@@ -18,6 +20,7 @@ SCALE = 2                            # drawn larger and shrunk, for smooth edges
 TRAIN = 40                           # normal training images of each category
 GOOD = 20                            # normal test images
 PER_DEFECT = 8                       # defective test images of each kind
+STRENGTH = (0.15, 0.35)              # opacity of the defects of test_faint
 LIGHT, NOISE = 0.04, 2.0             # relative change of light; grey levels of sensor noise
 STEEL, GREEN = (0.97, 1.0, 1.04), (0.78, 1.0, 0.94)  # tints of the flange and of the felt
 TABLE = 34                           # grey level of the dark table under both
@@ -212,10 +215,15 @@ CATEGORIES = {"flange": (draw_flange, (gouge, oil, chip, fibre)),
 TEXTURES = ("felt",)  # fill the frame, so that defects can lie on the image border
 
 
-def draw_category(root, name, seed=0):
-    """Write one category to root/name, the same for the same seed, whatever else is drawn."""
+def draw_category(root, name, seed=0, strength=STRENGTH):
+    """Write one category to root/name, the same for the same seed, whatever else is drawn.
+
+    strength: lowest and highest opacity of the defects of test_faint, 0 to 1.
+    """
     draw_normal, defects = CATEGORIES[name]
-    rng = np.random.default_rng([seed, list(CATEGORIES).index(name)])
+    number = list(CATEGORIES).index(name)
+    rng = np.random.default_rng([seed, number])
+    faint_rng = np.random.default_rng([seed, number, 1])  # so that `test` is as it would be alone
 
     def save(image, *place):
         """Write one image below the category's folder."""
@@ -223,16 +231,23 @@ def draw_category(root, name, seed=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
 
-    for folder, count in (("train", TRAIN), ("test", GOOD)):
+    for folders, count in ((("train",), TRAIN), (("test", "test_faint"), GOOD)):
         for n in range(count):
-            save(expose(draw_normal(rng), rng), folder, "good", f"{n:03d}.png")
+            image = expose(draw_normal(rng), rng)
+            for folder in folders:
+                save(image, folder, "good", f"{n:03d}.png")
     for defect in defects:
         for n in range(PER_DEFECT):
             mask = Image.new("L", (SIZE, SIZE))
             place = [on_border] if name in TEXTURES and n % BORDER_EVERY == 0 else []
-            image = defect(draw_normal(rng), mask, rng, *place)
-            save(expose(image, rng), "test", defect.__name__, f"{n:03d}.png")
-            save(np.asarray(mask), "ground_truth", defect.__name__, f"{n:03d}_mask.png")
+            normal = draw_normal(rng)
+            drawn = defect(normal, mask, rng, *place)
+            faint = normal + faint_rng.uniform(*strength) * (drawn - normal)
+            kind, file = defect.__name__, f"{n:03d}.png"
+            save(expose(drawn, rng), "test", kind, file)
+            save(expose(faint, faint_rng), "test_faint", kind, file)
+            for masks in ("ground_truth", "ground_truth_faint"):
+                save(np.asarray(mask), masks, kind, f"{n:03d}_mask.png")
 
 
 def draw_if_absent(root):
@@ -252,7 +267,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: data/toy)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="decides every random choice (default: 0)")
+    parser.add_argument("--strength", type=float, nargs=2, default=STRENGTH,
+                        metavar=("LOW", "HIGH"),
+                        help="opacity of the faint defects, 0 to 1 (default: 0.15 0.35)")
     args = parser.parse_args()
     for category in CATEGORIES:
-        draw_category(args.out, category, args.seed)
+        draw_category(args.out, category, args.seed, args.strength)

@@ -1,0 +1,129 @@
+"""What both scripts share: options, errors of one line, results that are whole or absent."""
+import argparse
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data import make_toy
+from patchae import UserError
+
+MOST_BATCH = 1024  # our choice: more images at once than any machine can use
+
+
+@contextmanager
+def whole(path):
+    """Yield a temporary path; in the end the file or folder made there takes the place of `path`.
+
+    After an error, Ctrl-C or the end of the process all that was at `path` is there as before.
+    UserError where something cannot be written.
+    """
+    mark = f".part-{platform.node()}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path, mark)
+        with tempfile.TemporaryDirectory(prefix=f"{mark}{os.getpid()}-", dir=path.parent,
+                                         ignore_cleanup_errors=True) as folder:
+            unfinished = Path(folder, path.name)
+            yield unfinished
+            replace(path, unfinished)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def replace(path, new):
+    """Rename what is at `path` aside and `new` to `path`; then remove the old, or put it back."""
+    for attempt in range(1000):  # again if another process puts its own result there in between
+        aside = path.with_name(f".before-{path.name}-{os.getpid()}-{attempt}")
+        try:
+            if path.is_dir():  # a file is replaced in one step
+                with suppress(FileNotFoundError):
+                    path.rename(aside)
+            new.replace(path)
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        except BaseException as error:  # Ctrl-C, too
+            if aside.exists() and not path.exists():
+                aside.rename(path)
+                raise
+            if not isinstance(error, OSError) or not path.is_dir() or not new.exists():
+                raise
+
+
+def remove_leftovers(path, mark):
+    """Remove what killed processes of this machine left beside `path`."""
+    for part in path.parent.glob(f"{mark}*"):
+        try:
+            if os.name == "posix":  # on Windows this would end the process in place of asking
+                os.kill(int(part.name.removeprefix(mark).split("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(part, ignore_errors=True)
+    for aside in path.parent.glob(f".before-{path.name}-*") if path.exists() else ():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a command line that it cannot read is a UserError, as all bad input is."""
+
+    def error(self, message):
+        """Raise a UserError in place of printing the usage."""
+        raise UserError(f"{message}; --help lists the options")
+
+
+def make_parser(description):
+    """The parser of a script, and its group "data and results" that both scripts have."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data and results")
+    add = group.add_argument
+    add("--data", type=Path, metavar="ROOT", help="data set: a folder with NAME/train/good")
+    add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or: all")
+    add("--demo", action="store_true",
+        help="use the toy set, which is drawn if it is not there, and the settings of the demo")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+        help="auto takes cuda if there is one, else the CPU (default: auto)")
+    add("--batch-size", type=int, metavar="N",
+        help="images scored at once; decides speed and memory only (default: 1 on a CPU, else 8)")
+    return parser, group
+
+
+def parse_args(parser, argv):
+    """Parse the command line. --demo fills in the toy set; UserError for what cannot be read."""
+    args = parser.parse_args(argv)
+    if args.demo:
+        args.data = args.data or make_toy.ROOT
+        args.category = args.category or ["all"]
+    args.category = [name.rstrip("/\\") for name in args.category]
+    if args.batch_size is not None and not 1 <= args.batch_size <= MOST_BATCH:
+        raise UserError(f"--batch-size {args.batch_size}: must be from 1 to {MOST_BATCH}")
+    return args
+
+
+def exit_code(work, *arguments):
+    """What work(*arguments) returns, or 0. After bad input or a full disk one line on stderr, 2."""
+    try:
+        return work(*arguments) or 0
+    except (UserError, OSError) as error:  # an OSError names its file itself
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = (f"{arguments[0] if arguments else ''}: out of memory ({error!r:.99}); use "
+                   "--memory-fraction 0.1 in train.py, --batch-size 1, or a smaller --image-size")
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def run(main):
+    """End the process with the exit code of main; 130 after Ctrl-C. Any console shows any name."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        sys.exit(exit_code(main))
+    except KeyboardInterrupt:
+        print("\ninterrupted; results that were there before are unchanged", file=sys.stderr)
+        sys.exit(130)
