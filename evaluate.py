@@ -351,6 +351,19 @@ def evaluate_category(name, args, device):
             evaluate_test(name, args, model, method, test, samples, limit)
 
 
+def choose_explained(scores, kinds, threshold):
+    """The images for nearest.png: the most anomalous of each type of defect, then the others.
+
+    Behind them the good ones above the threshold: why are they called anomalous?
+    """
+    ranked = np.argsort(-scores, kind="stable").tolist()
+    bad = [n for n in ranked if kinds[n] != "good"]
+    first = [n for place, n in enumerate(bad) if kinds[n] not in [kinds[m] for m in bad[:place]]]
+    others = [n for n in bad if n not in first]
+    false_alarms = [n for n in ranked if kinds[n] == "good" and scores[n] > threshold]
+    return (first + others)[:EXPLAINED] + false_alarms[:EXPLAINED]
+
+
 def evaluate_test(name, args, model, method, test, samples, threshold):
     """Score one test set by one method; write tables and pictures."""
     config, watch = model.config, partial(progress, f"{name} {test} {method}")
@@ -374,14 +387,12 @@ def evaluate_test(name, args, model, method, test, samples, threshold):
     first = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < PER_TYPE]
     shown = sorted(first, key=lambda n: defective[n])  # the good ones first
     truths = [read_mask(masks[n], paths[n], config.image_size) for n in shown]
-    ranked = np.argsort(-scores, kind="stable")
-    false_alarms = [n for n in ranked if scores[n] > threshold and not defective[n]]
-    explained = list(dict.fromkeys([*ranked[:EXPLAINED], *false_alarms[:EXPLAINED]]))
+    explained = choose_explained(scores, kinds, threshold)
     suffix = "" if test == "test" else f"-{test}"
     with whole(args.out / name / f"{method}{suffix}") as folder:
         folder.mkdir()
         write_results(folder, paths, maps, threshold, shown, truths, watch)
-        if method != "reconstruction":
+        if explained and method != "reconstruction":
             write_nearest(folder / "nearest.png", model, [paths[n] for n in explained],
                           maps[explained], method)
         write_csv(folder / "result.csv", RESULT, [

@@ -28,7 +28,7 @@ Notation
     R       r              (B, C₃, H', W')    representation; the vector r_ij belongs to one patch
     I_ij    patches        (B, 3p², H', W')   the image cut into patches of p × p pixels
     Î_ij    rebuilt        (B, 3p², H', W')   the patches as the decoder draws them from R
-    θ       weights                           of encoder and backbone, θ_e; of the decoder, θ_d
+    θ       parameters                        of encoder and backbone, θ_e; of the decoder, θ_d
     λ       defect_weight                     share of the loss of patches with a defect alone
     N       N                                 number of normal images
     M       memory         N × (P, C₃)        a list: for each normal image its vectors r_ij

@@ -14,29 +14,44 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import patchae  # noqa: E402
 import train  # noqa: E402
+from data import files  # noqa: E402
 
-train.HELD_OUT = train.PREVIEWS  # to save time
-OPTIONS = "--data data --out runs --category part --device cpu".split()
-TINY = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64", "--patch-size", "4",
-        "--layers", "1", "2", "--encoder-lr", "1e-3", "--steps", "4", "--batch-size", "4",
-        "--threshold-images", "100"]
+train.CHECKED = train.PREVIEWS  # to save time
+OPTIONS = "--data data --out runs --category part --device cpu".split()  # of both scripts
+TINY = ("--backbone resnet18 --weights random --image-size 64 --patch-size 4 --layers 1 2 "
+        "--encoder-lr 1e-3 --steps 4").split()  # of train.py
 GOOD, TEST = Path("data/part/train/good"), Path("data/part/test")
-CHECKPOINT, SCORES = Path("runs/part/checkpoint.pt"), Path("runs/part/feature/scores.csv")
+CHECKPOINT, SCORES = Path("runs/part/checkpoint.pt"), Path("runs/part/trained/scores.csv")
 MEAN, STD = (np.array(values)[:, None, None]  # ImageNet's
              for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
+def random_states():
+    """The states of all three global random generators, comparable by ==."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), torch.get_rng_state().tolist(), (kind, keys.tolist(), *rest)
+
+
+def seed_all(seed):
+    """Seed all three global random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @pytest.fixture(autouse=True)
 def same_chance():
-    """Every test begins with the same random numbers, alone or among others."""
-    random.seed(0)
-    torch.manual_seed(0)
+    """Every test begins with the same random numbers, alone or among others, and leaves none."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_all(0)
+    yield
+    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states):
+        restore(state)
 
 
 def draw_dataset(root, name="part", train=6, good=2, bad=2):
-    """A data set in the MVTec AD layout: a bright square on a ramp; defective ones have a dark dent."""
+    """A data set in the MVTec AD layout: a square on a ramp; defects are dark dents in it."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :64]
 
@@ -56,14 +71,11 @@ def draw_dataset(root, name="part", train=6, good=2, bad=2):
 
 
 def fails(capsys, main, argv, *words):
-    """main must end with the code 2 (argparse: by SystemExit) and one line on stderr with the words."""
+    """main must end with the exit code 2 and one line on stderr that has all the words."""
     capsys.readouterr()
-    try:
-        code = patchae.exit_code(main, [str(a) for a in argv])
-    except SystemExit as stop:
-        code = stop.code
+    code = files.exit_code(main, [str(argument) for argument in argv])
     lines = capsys.readouterr().err.splitlines()
-    assert code == 2 and len(lines) == 1 and "error: " in lines[0], lines
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, lines)
     assert all(str(word) in lines[0] for word in words), lines
 
 
@@ -71,8 +83,8 @@ def watch(patch, owner, name):
     """A list of all calls of owner.name from now on: (arguments, result)."""
     function, calls = getattr(owner, name), []
 
-    def watching(*arguments):
-        result = function(*arguments)
+    def watching(*arguments, **named):
+        result = function(*arguments, **named)
         calls.append((arguments, result))
         return result
 

@@ -2,12 +2,14 @@
 
     python tests/recipes.py results   --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py ablations --data ROOT --category NAME ... [--weights FILE]
+    python tests/recipes.py demo
 
-`results` scores ROOT's own test sets. `ablations` never opens them: of the first --most images of
-train/good it holds out a fifth, draws faint defects on it with the code of data/make_toy.py, which
-training does not use, and scores those. Everything goes to --out, one folder for each recipe and
-seed; what is there already is not run again. Prints a Markdown table: image AUROC / pixel AUROC, in
-per cent, as mean ± standard deviation over the seeds, and what is missing of the artificial defects.
+`results` scores ROOT's own test sets, `demo` the toy set. `ablations` never opens a test set: of the
+first --most images of train/good it holds out a fifth, draws faint defects on it with the code of
+data/make_toy.py, which training does not use, and scores those. Everything goes to --out, one folder
+for each recipe and seed; what is there already is not run again. Prints a Markdown table: image
+AUROC / pixel AUROC / AUPRO in per cent, mean over the seeds, with the standard deviation of the
+three if it is 0.05 or more; after a comma the missing share.
 """
 import argparse
 import contextlib
@@ -25,29 +27,32 @@ import train  # noqa: E402
 from data import make_toy  # noqa: E402
 from data.images import list_images, read_image  # noqa: E402
 
-# name: (options of train.py, score kind of evaluate.py, folder whose checkpoint is used)
+END_TO_END = "--finetune-backbone --layers 1 2 --lr 5e-3 --encoder-lr 1e-3 --steps 1500".split()
+TEXTURES = ["--weights", "random", "--image-size", "256", "--patch-size", "8", *END_TO_END]
+# name: (options of train.py, method of evaluate.py, folder whose checkpoint is used)
 RESULTS = {
-    "raw backbone features Φ": ([], "backbone", "trained"),
-    "untrained R (random 1×1)": (["--steps", "0", "--channels", "448"], "feature", "untrained"),
-    "trained R": ([], "feature", "trained"),
-    "reconstruction error": ([], "reconstruction", "trained"),
+    "raw features Φ": ([], "raw", "default"),
+    "trained R": ([], "trained", "default"),
+    "reconstruction error": ([], "reconstruction", "default"),
+    "textures: raw random Φ": (TEXTURES, "raw", "textures"),
+    "textures: trained R": (TEXTURES, "trained", "textures"),
 }
 ABLATIONS = {
-    "raw backbone features Φ": ([], "backbone", "default"),
-    "trained R, the defaults": ([], "feature", "default"),
-    "no artificial defects": (["--no-defects"], "feature", "no-defects"),
-    "defects count like all else": (["--defect-share", "0"], "feature", "share-0"),
-    "nothing but defects counts": (["--defect-share", "1"], "feature", "share-1"),
-    "200 steps": (["--steps", "200"], "feature", "steps-200"),
-    "encoder learning rate 1e-3": (["--encoder-lr", "1e-3"], "feature", "encoder-1e-3"),
-    "random start": (["--channels", "448"], "feature", "random"),
-    "narrow: 64 channels, random start": (["--channels", "64"], "feature", "narrow"),
-    "wide: 896 channels, random start": (["--channels", "896"], "feature", "wide"),
-    "stages 2 and 3, trained": (["--layers", "2", "3"], "feature", "stages-23"),
-    "stages 2 and 3, raw": (["--layers", "2", "3"], "backbone", "stages-23"),
-    "no average, raw": (["--neighbourhood", "1", "--steps", "0"], "backbone", "average-1"),
-    "5 × 5 average, raw": (["--neighbourhood", "5", "--steps", "0"], "backbone", "average-5"),
-    "fine-tuned backbone": (["--finetune-backbone"], "feature", "finetuned"),
+    "raw features Φ": ([], "raw", "default"),
+    "trained R, the defaults": ([], "trained", "default"),
+    "no artificial defects": (["--no-defects"], "trained", "no-defects"),
+    "defects count like all else": (["--defect-weight", "0"], "trained", "weight-0"),
+    "encoder rate 1e-3": (["--encoder-lr", "1e-3"], "trained", "encoder-1e-3"),
+    "random start": (["--start", "random", "--encoder-lr", "2e-3"], "trained", "random-start"),
+    "stages 1 and 2": (["--layers", "1", "2"], "trained", "stages-12"),
+    "no average, raw": (["--neighbourhood", "1", "--steps", "0"], "raw", "average-1"),
+    "end to end from ImageNet": (END_TO_END, "trained", "end-to-end"),
+    "end to end from random weights": (TEXTURES, "trained", "textures"),
+}
+DEMO = {
+    "raw random Φ": (["--demo"], "raw", "demo"),
+    "trained R": (["--demo"], "trained", "demo"),
+    "reconstruction error": (["--demo"], "reconstruction", "demo"),
 }
 HELD_OUT_PART = 5          # one image in five is held out
 FAINT = (0.12, 0.5)        # strength of the drawn defects: hard enough that raw features miss some
@@ -87,53 +92,65 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def measured(out, category, kind):
-    """[image AUROC, pixel AUROC] in out/category/kind/result.csv, or None."""
-    rows = rows_of(out / category / kind / "result.csv")
-    return [float(rows[0]["image_auroc"]), float(rows[0]["pixel_auroc"])] if rows else None
-
-
-def run(recipe, category, args, data, seed):
+def run(recipe, category, test, args, data, seed):
     """Train (unless there is a checkpoint) and evaluate (unless there is a row): its numbers."""
-    options, kind, folder = recipe
+    options, method, folder = recipe
     out = args.out / f"{folder}-{seed}"
+    result = out / category / (method if test == "test" else f"{method}-{test}") / "result.csv"
     common = ["--data", str(data), "--category", category, "--out", str(out)]
-    if measured(out, category, kind) is None:
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            code = 0
-            if not (out / category / "checkpoint.pt").exists():
-                code = train.main([*common, "--seed", str(seed), "--backbone", args.backbone,
-                                   "--weights", args.weights, "--threshold-images", "0",
-                                   *options, *args.train])
-            code = code or evaluate.main([*common, "--score", kind])
-        if code:
-            sys.exit(f"{folder}, {category}: failed\n{log.getvalue()}")
-    log = rows_of(out / category / "train.csv")
-    rebuilt = float(log[-1]["rebuilt"]) if log else float("nan")
-    found = [*measured(out, category, kind), rebuilt]
-    print(f"{folder}, {kind}, seed {seed}, {category}: {found}", file=sys.stderr, flush=True)
+    log, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(log):
+        if not (out / category / "checkpoint.pt").exists():
+            given = [] if args.table == "demo" else ["--backbone", args.backbone, "--weights",
+                                                     args.weights]
+            code = train.main([*common, "--seed", str(seed), "--threshold-images", "0", *given,
+                               *options, *args.train])
+        if not code and not result.exists():
+            code = evaluate.main([*common, "--method", method, "--test", test])
+    if code:
+        sys.exit(f"{folder}, {category}: failed\n{log.getvalue()}")
+    row, = rows_of(result)
+    training = rows_of(out / category / "train.csv")
+    missing = float(training[-1]["missing_share"]) if training else float("nan")
+    found = [*(100 * float(row[name]) for name in ("image_auroc", "pixel_auroc", "aupro")), missing]
+    print(f"{folder}, {method}, seed {seed}, {category}: {found}", file=sys.stderr, flush=True)
     return found
 
 
-def cell(found):
+def cell(found, method):
     """One recipe on one category, over the seeds, as a cell of the table."""
-    image, pixel, rebuilt = np.array(found).T
+    *metrics, missing = np.array(found).T
     texts = []
-    for values in (100 * image, 100 * pixel):
-        spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    for values in metrics:
+        spread = f" ± {values.std():.1f}" if values.std() >= 0.05 else ""
         texts.append(f"{values.mean():.1f}{spread}")
-    missing = "" if np.isnan(rebuilt).any() else f", {rebuilt.mean():.2f}"  # none without training
-    return " / ".join(texts) + missing
+    shown = method == "trained" and not np.isnan(missing).any()
+    return " / ".join(texts) + (f", {missing.mean():.2f}" if shown else "")
+
+
+def prepare(args):
+    """The data folder, the recipes, and the columns (category, test set) of the table asked for."""
+    if args.table == "demo":
+        make_toy.draw_if_absent(make_toy.ROOT)
+        return make_toy.ROOT, DEMO, [(name, test) for name in ("flange", "felt")
+                                     for test in ("test", "test_faint")]
+    columns = [(name, "test") for name in args.category]
+    if args.table == "results":
+        return args.data, RESULTS, columns
+    held_out = args.out / "held-out"
+    for category in args.category:
+        if not (held_out / category).exists():
+            hold_out(args.data / category, held_out / category, args.most)
+    return held_out, ABLATIONS, columns
 
 
 def main():
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("table", choices=("results", "ablations"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--category", nargs="+", required=True)
+    parser.add_argument("table", choices=("results", "ablations", "demo"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--category", nargs="+", default=[])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -141,20 +158,16 @@ def main():
     parser.add_argument("--most", type=int, default=60, help="ablations: first images (default: 60)")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     args, args.train = parser.parse_known_args()  # what is left goes to every train.py
-    data, recipes = args.data, RESULTS
-    if args.table == "ablations":
-        data, recipes = args.out / "held-out", ABLATIONS
-        for category in args.category:
-            if not (data / category).exists():
-                hold_out(args.data / category, data / category, args.most)
-    print("| image / pixel AUROC, missing share | " + " | ".join(args.category) + " |")
-    print("|---" * (len(args.category) + 1) + "|")
+    data, recipes, columns = prepare(args)
+    print("| image / pixel AUROC / AUPRO, missing share | "
+          + " | ".join(" ".join(column).removesuffix(" test") for column in columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for number, (name, recipe) in enumerate(recipes.items()):
         if args.rows is None or number in args.rows:
-            # raw features of the whole memory do not depend on the seed
-            seeds = args.seeds[:1] if recipe[1] == "backbone" else args.seeds
-            cells = [cell([run(recipe, category, args, data, seed) for seed in seeds])
-                     for category in args.category]
+            fixed = recipe[1] == "raw" and "random" not in recipe[0] and args.table != "demo"
+            seeds = args.seeds[:1] if fixed else args.seeds  # ImageNet's features need no seed
+            cells = [cell([run(recipe, *column, args, data, seed) for seed in seeds], recipe[1])
+                     for column in columns]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
