@@ -59,8 +59,8 @@ def to_picture(pixels, size=BIG):
 
 def table(rows, titles):
     """Pictures in rows and columns with a title above each column."""
-    sheet = Image.new("RGB", (len(titles) * (BIG + GAP) - GAP, LINE + len(rows) * (BIG + GAP) - GAP),
-                      "white")
+    size = (len(titles) * (BIG + GAP) - GAP, LINE + len(rows) * (BIG + GAP) - GAP)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         text(draw, (x * (BIG + GAP) + BIG / 2, GAP), title, anchor="ma")
@@ -114,7 +114,7 @@ def nearest_rows(folders):
 
 # ---- charts -------------------------------------------------------------------------------------
 def chart(title, x_range, y_range, x_name, y_name, legend):
-    """An empty chart with axes, five numbers on each, and a legend; and a function to its pixels."""
+    """An empty chart with axes, five numbers on each, and a legend; a function to its pixels."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
 

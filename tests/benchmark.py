@@ -1,6 +1,7 @@
 """How fast and how large: training and scoring beside their floor. By hand, not by pytest.
 
     python tests/benchmark.py [--backbone NAME ...] [--device NAME] [--images N ...]
+    python tests/benchmark.py --predict 500 2000
 
 The floor of training is the bare backbone forward. The floor of scoring is that forward plus one
 torch.mm of the image's vectors with the vectors of each normal image. Both are timed in turn with
@@ -10,17 +11,21 @@ Peak memory is what the process (or the GPU) held at most, above what it held be
 import argparse
 import contextlib
 import ctypes
-import io
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import patchae  # noqa: E402
 import train  # noqa: E402
+
+TRAINED = 8  # images of a training that is timed
 
 
 def resident(peak=False):
@@ -72,40 +77,54 @@ def drawing(model, images):
 
 
 def training(model, images):
-    """A step of train.py on each image of a batch, the drawing and one report included."""
-    model.config.steps = model.config.batch_size
-    train.REPORTS = 1  # else so few steps would have a report, with its own forward, after each
-    held_out = (images[:1] / 255, *train.with_defects(images, 0))
-
-    def work():
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.fit(model, images, held_out, "benchmark")
-
-    return work
+    """As many steps of train.fit as there are images, the drawing included."""
+    model.config.steps = len(images)
+    return lambda: train.fit(model, images)
 
 
 def forward(model, images):
-    """The floor of both: the bare backbone forward of a batch of images."""
-    batch = images[:model.config.batch_size] / 255
-
+    """The floor of training: the bare backbone forward of the images, one at a time."""
     @torch.inference_mode()
     def work():
-        model.backbone(batch.to(model.device))
+        for image in model.batches(images):
+            model.backbone(image)
 
     return work
 
 
-def scoring(model, memory, image):
-    """score_maps of one image, and its floor: the forward and the bare matrix products."""
-    r = torch.rand_like(memory[0])
+def scoring(model, images):
+    """anomaly_maps of one image, and its floor: the forward and the bare matrix products."""
+    r = torch.rand_like(model.memory[0])
+    bare = forward(model, images)
 
     @torch.inference_mode()
     def floor():
-        model.backbone(image)
-        for vectors in memory:
+        bare()
+        for vectors in model.memory:
             torch.mm(r, vectors.T)
 
-    return lambda: patchae.score_maps(model, image, memory), floor
+    return lambda: model.anomaly_maps(images), floor
+
+
+def prediction(count):
+    """Peak MiB of predicting a folder of `count` JPEGs of 512 x 512 pixels, in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        photographs = Path(folder, "photographs")
+        for place, number in ((Path(folder, "data/part/train/good"), 2), (photographs, count)):
+            place.mkdir(parents=True)
+            for n in range(number):
+                Image.effect_noise((512, 512), 50).save(place / f"{n:05d}.jpg")
+        common = ["--category", "part", "--out", str(Path(folder, "runs")), "--device", "cpu"]
+        options = "--backbone resnet18 --weights random --image-size 64 --patch-size 8 --steps 1"
+        scripts = Path(__file__).parent.parent
+        for script, argv in (("train.py", ["--data", str(Path(folder, "data")), *options.split()]),
+                             ("evaluate.py", ["--predict", str(photographs)])):
+            code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+                    "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+            done = subprocess.run([sys.executable, "-c", code, scripts / script, *common, *argv],
+                                  capture_output=True, text=True, cwd=scripts, check=True)
+        return int(done.stdout.split()[-1])
 
 
 def main():
@@ -115,28 +134,33 @@ def main():
     parser.add_argument("--backbone", nargs="+", default=["resnet18", "wide_resnet50_2"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50, 200],
-                        help="normal images in the memory")
+                        help="normal images in the memory (default: 10 50 200)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--predict", type=int, nargs="*", default=[],
+                        help="only: peak memory of predicting folders with so many photographs")
     args = parser.parse_args()
+    for count in args.predict:
+        print(f"predicting {count} photographs: peak {prediction(count)} MiB", flush=True)
+    if args.predict:
+        return
     device = patchae.choose_device(args.device)
     print(f"{'':44} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
     for name in args.backbone:
         config = patchae.Config(backbone=name, weights="random")
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = patchae.build_model(config).to(device)
+        model = patchae.build_model(config, device)
         size = config.image_size
-        images = torch.randint(0, 256, (config.batch_size, 3, size, size), dtype=torch.uint8)
+        images = torch.randint(0, 256, (TRAINED, 3, size, size), dtype=torch.uint8)
         bare = forward(model, images)
-        rows = [("drawing defects", 0, config.batch_size, (drawing(model, images), bare)),
-                ("training", 0, config.batch_size, (training(model, images), bare))]
-        one = images[:1].to(device) / 255
-        vectors, = patchae.build_memory(model, [one])                     # (P, C₃)
-        for count in args.images:
-            memory = [torch.rand_like(vectors) for _ in range(count)]
-            rows.append(("scoring", count, 1, scoring(model, memory, one)))
-        for what, count, batch, (work, floor) in rows:
-            own, least, ratio, peak = compare(work, floor, device, args.repeats)
-            memory = f"{count * len(vectors)} vectors" if count else ""
+        rows = [("drawing defects", 0, TRAINED, (drawing(model, images), bare)),
+                ("training", 0, TRAINED, (training(model, images), bare))]
+        for what, count, batch, work in [*rows, *(("scoring", n, 1, None) for n in args.images)]:
+            if count:
+                model.images = images[:1]
+                model.build_memory()
+                model.memory = [torch.rand_like(model.memory[0]) for _ in range(count)]
+                work = scoring(model, images[:1])
+            own, least, ratio, peak = compare(*work, device, args.repeats)
+            memory = f"{count * model.grid**2} vectors" if count else ""
             print(f"{what:16} {name:15} {memory:>14} {1000 * own / batch:9.1f} "
                   f"{1000 * least / batch:9.1f} {ratio:6.2f} {peak:9.0f}", flush=True)
 

@@ -1,13 +1,13 @@
-"""Repeat the tables of docs/results.md: train and evaluate, recipe by recipe. By hand, not by pytest.
+"""Repeat the tables of docs/results.md: train and evaluate each recipe. By hand, not by pytest.
 
     python tests/recipes.py results   --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py ablations --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py demo
 
-`results` scores ROOT's own test sets, `demo` the toy set. `ablations` never opens a test set: of the
-first --most images of train/good it holds out a fifth, draws faint defects on it with the code of
-data/make_toy.py, which training does not use, and scores those. Everything goes to --out, one folder
-for each recipe and seed; what is there already is not run again. Prints a Markdown table: image
+`results` scores ROOT's own test sets, `demo` the toy set. `ablations` never opens a test set: of
+the first --most images of train/good it holds out a fifth, draws faint defects on it with the code
+of data/make_toy.py, which training does not use, and scores those. Everything goes to --out, one
+folder for each recipe and seed; what is there already is not run again. Prints a Markdown table: image
 AUROC / pixel AUROC / AUPRO in per cent, mean over the seeds, with the standard deviation of the
 three if it is 0.05 or more; after a comma the missing share.
 """
@@ -154,8 +154,8 @@ def main():
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows, from 0 (default: all)")
-    parser.add_argument("--most", type=int, default=60, help="ablations: first images (default: 60)")
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows, from 0")
+    parser.add_argument("--most", type=int, default=60, help="ablations: first images")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     args, args.train = parser.parse_known_args()  # what is left goes to every train.py
     data, recipes, columns = prepare(args)

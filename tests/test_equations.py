@@ -1,103 +1,141 @@
-"""The equations as worked examples, named after the labels in patchae.py: numbers to redo on paper."""
-import random
-
+"""The equations as worked examples, named after the labels in patchae.py: redo them on paper."""
 import numpy as np
 import pytest
 import torch
+from conftest import watch
 
 import patchae
 
 KINDS = ("altered_paste", "scratch", "stain")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A model with C₃ = 2, so that R fits on paper; Φ has 64 channels, of which the tests use two."""
-    return patchae.PatchAE(patchae.Config("resnet18", layers=(1,), image_size=64, patch_size=4, channels=2))
-
-
 def put(layer, weight, bias):
-    """Give a 1×1 convolution these numbers for its first inputs and outputs and 0 for all others."""
+    """Give a 1×1 convolution these numbers."""
     with torch.no_grad():
-        layer.weight.zero_()[:2, :2] = torch.tensor(weight)[:, :, None, None]
-        layer.bias.zero_()[:2] = torch.tensor(bias)
+        layer.weight.copy_(torch.tensor(weight)[:, :, None, None])
+        layer.bias.copy_(torch.tensor(bias))
 
 
-def test_E1_representation_by_hand(model):
+def test_E1_representation_by_hand():
     """R = ReLU(W₂ ReLU(W₁ Φ + b₁) + b₂) for one place, on paper.
 
     Φ = (1, 2): W₁ Φ + b₁ = (1·1 − 1·2 + 0, 1·1 + 1·2 − 1) = (−1, 2), ReLU: (0, 2),
     W₂ (0, 2) + b₂ = (2·0 + 1·2 + 1, 0 − 3·2 + 1) = (3, −5), ReLU: (3, 0).
     """
-    put(model.encoder[0], [[1.0, -1.0], [1.0, 1.0]], [0.0, -1.0])
-    put(model.encoder[2], [[2.0, 1.0], [0.0, -3.0]], [1.0, 1.0])
-    features = torch.zeros(1, 64, 1, 1)
-    features[0, :2, 0, 0] = torch.tensor([1.0, 2.0])
-    assert patchae.represent(features, model.encoder).flatten().tolist() == [3.0, 0.0]
+    encoder = patchae.Encoder(2, 2, "random")
+    put(encoder.W1, [[1.0, -1.0], [1.0, 1.0]], [0.0, -1.0])
+    put(encoder.W2, [[2.0, 1.0], [0.0, -3.0]], [1.0, 1.0])
+    features = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    assert encoder(features).flatten().tolist() == [3.0, 0.0]
 
 
-def test_E2_one_vector_rebuilds_one_patch_by_hand(model):
-    """Î = V₂ ReLU(V₁ r + c₁) + c₂ with r = (1, 2): ReLU(1 − 2, 1 + 2) = (0, 3), then (6 − 1, −3).
+def test_E2_one_vector_rebuilds_one_patch_by_hand():
+    """Î = V₂ ReLU(V₁ r + c₁) + c₂ with r = (1, 2).
 
-    The last layer has no ReLU: a patch is darker than the mean, −3, as often as brighter.
+    ReLU(1 − 2 + 0, 1 + 2 + 1) = (0, 4), then (5·0 + 2·4 − 1, 0 − 1·4 + 3, 0) = (7, −1, 0). The last
+    layer has no ReLU, so that its gradient does not end where it draws too dark.
     """
-    put(model.decoder[0], [[1.0, -1.0], [1.0, 1.0]], [0.0, 0.0])
-    put(model.decoder[2], [[5.0, 2.0], [0.0, -1.0]], [-1.0, 0.0])
-    rebuilt = patchae.rebuild(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), model.decoder)
-    assert rebuilt.flatten().tolist() == [5.0, -3.0] + [0.0] * (3 * 4 * 4 - 2)
+    decoder = patchae.Decoder(2, 3)
+    put(decoder.V1, [[1.0, -1.0], [1.0, 1.0]], [0.0, 1.0])
+    put(decoder.V2, [[5.0, 2.0], [0.0, -1.0], [0.0, 0.0]], [-1.0, 3.0, 0.0])
+    r = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    assert decoder(r).flatten().tolist() == [7.0, -1.0, 0.0]
 
 
 def test_E3_loss_by_hand():
-    """Two patches of two values with the errors 1, 3 and 0, −2: L = (1 + 9 + 0 + 4) / (2 · 2) = 3.5."""
+    """Two patches of two values, errors 1, 3 and 0, −2: L = (1 + 9 + 0 + 4) / (2 · 2) = 3.5.
+
+    The terms of the two are (1 + 9) / 2 = 5 and (0 + 4) / 2 = 2.
+    """
     patches = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).T.reshape(1, 2, 1, 2)
     rebuilt = torch.tensor([[1.0, 3.0], [1.0, -1.0]]).T.reshape(1, 2, 1, 2)
+    assert patchae.patch_error(rebuilt, patches).tolist() == [[[5.0, 2.0]]]
     assert patchae.reconstruction_loss(rebuilt, patches).item() == 3.5
 
 
-def test_E4_distance_by_hand():
-    """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0), (50, 50)}.
+@pytest.mark.parametrize("defect_weight", [0, 0.25, 1])
+def test_training_loss_by_another_route(defect_weight):
+    """The mean over the patches with a pixel in the mask counts λ, that over all patches the rest.
 
-    From (3, 4) it is min(5, √45, √61, √50, 4, …) = 4, in the last image; from (0, 1) it is 1, in the
-    first; from (9, 11) it is 2, in the middle one. R is of two images with two patches beside each other.
+    Without a mask it is the mean over all. By numpy, from whole images.
     """
-    memory = torch.tensor([[[0.0, 0], [0, 10]], [[9, 9], [8, 9]], [[3, 0], [50, 50]]])
+    rebuilt, image = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    mask = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    mask[0, 0, 7, 8] = mask[1, 0, 16:24, 40:47] = True
+    error = (rebuilt - image).numpy()**2
+    error = error.reshape(2, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5))        # (B, H', W')
+    defective = mask.numpy().reshape(2, 16, 4, 16, 4).any(axis=(2, 4))
+    of_all, there = error.mean(), error[defective].mean()
+    assert defective.sum() == 5 and abs(there / of_all - 1) > 0.01
+    expected = defect_weight * there + (1 - defect_weight) * of_all
+    for given, loss in ((mask, expected), (mask & False, of_all)):
+        found = patchae.training_loss(patchae.patchify(rebuilt, 4), image, given, 4, defect_weight)
+        assert found.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_E4_distance_by_hand():
+    """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0)}, of which one is kept.
+
+    From (3, 4) it is min(5, √45, √61, √50, 4) = 4, in the last image; from (0, 1) it is 1, in the
+    first; from (9, 11) it is 2, in the middle one. R is of two images with two patches each.
+    """
+    memory = [torch.tensor([[0.0, 0], [0, 10]]), torch.tensor([[9.0, 9], [8, 9]]),
+              torch.tensor([[3.0, 0]])]
     r = torch.tensor([[3.0, 4], [0, 1], [9, 11], [3, 4]]).view(2, 1, 2, 2).movedim(3, 1)
-    assert patchae.nearest_distance(r, list(memory)).tolist() == [[[4.0, 1.0]], [[2.0, 4.0]]]
+    assert patchae.nearest_distance(r, memory).tolist() == [[[4.0, 1.0]], [[2.0, 4.0]]]
 
 
 def test_E5_image_score_by_hand():
-    """S is the mean of the three largest s_ij: (4 + 3 + 2) / 3 = 3, and (9 + 1 + 1) / 3 of the second map."""
-    anomaly_map = torch.tensor([[[1.0, 4.0, 0.0], [2.0, 3.0, 1.0]], [[0.0, 9.0, 1.0], [1.0, 0.0, 1.0]]])
-    assert patchae.image_score(anomaly_map).tolist() == pytest.approx([3, 11 / 3])
+    """S is the mean of the three largest s_ij: (4 + 3 + 2) / 3 = 3, and (9 + 1 + 1) / 3."""
+    first, second = [[1.0, 4.0, 0.0], [2.0, 3.0, 1.0]], [[0.0, 9.0, 1.0], [1.0, 0.0, 1.0]]
+    scores = patchae.image_score(torch.tensor([first, second])).tolist()
+    assert scores == pytest.approx([3, 11 / 3])
 
 
 # ---- ⊕: from maps to features -------------------------------------------------------------------
 def test_concatenation_of_scales_by_hand():
     """⊕ of a finer map, one on the grid and a coarser one: on a 4 × 4 grid, in this order.
 
-    Finer, 16 × 16, all 0 but one 16 in a patch's corner: area averages the patch's 4 × 4 values to 1,
-    nothing is skipped. On the grid: unchanged. Coarser, columns 0 and 4: bilinear gives 0, 1, 3, 4.
-    Neighbours are averaged before: a 1 × 1 map of 6 has no other than itself, 6 / (3 · 1) = 2.
+    Finer, 16 × 16, all 0 but one 16 in a patch's corner: the mean of the patch's 4 × 4 values is 1.
+    On the grid: unchanged. Coarser, columns 0 and 4: bilinear gives 0, 1, 3, 4. Neighbours are
+    averaged before: a 1 × 1 map of 6 has no other than itself, 6 / (3 · 1) = 2.
     """
     fine = torch.zeros(1, 1, 16, 16)
     fine[0, 0, 4, 8] = 16
     same = torch.arange(16.0).view(1, 1, 4, 4)
     coarse = torch.tensor([[0.0, 4.0], [0.0, 4.0]]).view(1, 1, 2, 2)
     features = patchae.concatenate_scales([fine, same, coarse], grid=4, neighbourhood=1)
-    assert features[0, 0].tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert features[0, 0].tolist() == [[0] * 4, [0, 0, 1, 0], [0] * 4, [0] * 4]
     assert torch.equal(features[0, 1], same[0, 0])
     assert features[0, 2].tolist() == [[0, 1, 3, 4]] * 4
     features = patchae.concatenate_scales([torch.full((1, 1, 1, 1), 6.0)], grid=3, neighbourhood=3)
     assert features.flatten().tolist() == pytest.approx([2] * 9)
 
 
+@pytest.mark.parametrize("side, grid", [(48, 32), (24, 16), (32, 24), (96, 32), (5, 3)])
+def test_a_finer_map_is_averaged_over_each_patch(side, grid):
+    """Whatever the sides: by integration of the map, constant on each of its places, over a patch.
+
+    Row i of `shares` says which part of patch i, from i/grid to (i + 1)/grid, lies in which place.
+    """
+    ends, starts = np.minimum.outer, np.maximum.outer
+    patch, place = np.arange(grid + 1) / grid, np.arange(side + 1) / side
+    shares = (ends(patch[1:], place[1:]) - starts(patch[:-1], place[:-1])).clip(0) * grid
+    fine = torch.rand(2, 3, side, side)
+    features = patchae.concatenate_scales([fine], grid, neighbourhood=1)
+    expected = shares @ fine.double().numpy() @ shares.T
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-5)
+
+
 def test_contrast_is_tempered_by_hand():
-    """(3, 4) has the length 5 and is divided by √5; four times as long, (12, 16), it becomes twice as long,
-    not four times. Nothing stays nothing, and gives a gradient that is a number."""
+    """(3, 4) has the length 5 and is divided by √5; (12, 16), four times as long, by 2 √5.
+
+    Nothing stays nothing, and its gradient is a number.
+    """
     features = torch.tensor([[3.0, 12.0, 0.0], [4.0, 16.0, 0.0]]).view(1, 2, 1, 3).requires_grad_()
     tempered = patchae.temper_contrast(features)
     tempered.sum().backward()
-    expected = torch.tensor([[3.0, 6.0, 0.0], [4.0, 8.0, 0.0]]) / 5**.5
+    expected = torch.tensor([[3.0, 6.0, 0.0], [4.0, 8.0, 0.0]]) / 5**0.5
     torch.testing.assert_close(tempered[0, :, 0].detach(), expected)
     assert features.grad.isfinite().all()
 
@@ -106,134 +144,171 @@ def test_neighbours_by_hand():
     """The numbers 1 to 9 on a 3 × 3 map, k = 3: the sum over the n that exist, by k √n.
 
     Corner, n = 4: (1 + 2 + 4 + 5) / (3 · 2) = 2. Edge, n = 6: (1 + … + 6) / (3 √6). Middle: 45 / 9.
-    k = 5: every place sees all nine, 45 / (5 · 3) = 3. Of independent values with deviation 1 every average
-    has the deviation √n / (k √n) = 1/k, at the border as inside; a plain mean has 1/√n, more in a corner.
+    k = 5: every place sees all nine, 45 / (5 · 3) = 3. Of independent values with deviation 1 every
+    average has the deviation √n / (k √n) = 1/k, at the border as inside; a plain mean has 1/√n.
     """
     numbers = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
     average = patchae.average_neighbours(numbers, 3)[0, 0]
     found = [average[0, 0].item(), average[0, 1].item(), average[1, 1].item()]
-    assert found == pytest.approx([2, 21 / (3 * 6**.5), 5])
-    torch.testing.assert_close(patchae.average_neighbours(numbers, 5), torch.full((1, 1, 3, 3), 3.0))
+    assert found == pytest.approx([2, 21 / (3 * 6**0.5), 5])
+    torch.testing.assert_close(patchae.average_neighbours(numbers, 5), torch.full((1, 1, 3, 3), 3.))
 
 
-# ---- pixels -------------------------------------------------------------------------------------
 def test_patchify_by_hand_and_back():
-    """Patch (0, 1) of p = 2: the pixels of rows 0, 1 and columns 2, 3, channel by channel.
-
-    pixel_shuffle, with which train.py draws what is rebuilt, is the inverse.
-    """
-    image = torch.rand(1, 3, 4, 6)
+    """Patch (0, 1) of p = 2: the pixels of rows 0, 1 and columns 2, 3, channel by channel."""
+    image = torch.rand(2, 3, 4, 6)
     patches = patchae.patchify(image, 2)
+    assert patches.shape == (2, 12, 2, 3)
     assert torch.equal(patches[0, :, 0, 1], image[0, :, :2, 2:4].flatten())
-    assert torch.equal(torch.pixel_shuffle(patches, 2), image)
+    assert torch.equal(patchae.unpatchify(patches, 2), image)
 
 
 # ---- ⊗: artificial defects ----------------------------------------------------------------------
+def levels(values, low, high):
+    """How many of the values lie in each of eight parts of a range; none may lie outside."""
+    assert low - 1e-4 <= min(values) and max(values) <= high + 1e-4
+    return np.histogram(values, 8, (low - 1e-4, high + 1e-4))[0]
+
+
 def test_defects_blend_by_hand(monkeypatch):
-    """I ← (1 − α) I + α paint: 0.75 · 0.4 + 0.25 · 0.8 = 0.5 where α = 0.25, 0.4 elsewhere.
+    """I ← (1 − α) I + α paint, one defect after the other: with I = 0, paint 1 and α = ½ 0.5, 0.75, …
 
-    The mask is True where α > 0, here in the left column of the box, and the given image stays as it was.
-    A defect may take pixels of the other image, here 0.8.
+    Paint of the other image, here 1. The mask is True where α > 0, here in two columns of each box,
+    in one of them hardly. The given images stay as they were.
     """
-    def left_column(other, h, w):
-        return other[:, :h, :w], 0.25 * torch.eye(1, w).expand(1, h, w)
+    def two_columns(other, h, w):
+        alpha = torch.zeros(1, h, w)
+        alpha[:, :, 0], alpha[:, :, 1] = 0.5, 1e-6
+        return other[:, :h, :w], alpha
 
     for kind in KINDS:
-        monkeypatch.setattr(patchae, kind, left_column)
+        monkeypatch.setattr(patchae, kind, two_columns)
+    image, other, found = torch.zeros(3, 64, 64), torch.ones(3, 64, 64), set()
+    for _ in range(50):
+        defected, mask = patchae.add_defects(image, other)
+        assert mask.dtype == torch.bool and torch.equal(mask, defected[:1] > 0)
+        found |= set(defected.mul(1e4).round().div(1e4).unique().tolist())
+    assert {0, 0.5, 0.75} <= found <= {0, 0.5, 0.75, 0.875, 0.9375, 0.9688, 0.9844}
+    assert image.max() == 0 and other.min() == 1
+
+
+def test_boxes_have_all_sizes_and_lie_everywhere(monkeypatch):
+    """1/24 to 1/4 of the height and of the width, each for itself, also at the image's border."""
+    for kind in KINDS:
+        monkeypatch.setattr(patchae, kind, lambda other, h, w: (other[:, :h, :w], torch.ones(1)))
     monkeypatch.setattr(patchae, "MOST_DEFECTS", 1)
-    image = torch.full((3, 64, 64), 0.4)
-    defected, mask = patchae.add_defects(image, torch.full((3, 64, 64), 0.8))
-    assert mask.dtype == torch.bool and mask.shape == (1, 64, 64)
-    assert mask.sum() > 1 and mask[0].any(dim=0).sum() == 1
-    torch.testing.assert_close(defected, torch.where(mask, 0.5, 0.4).expand(3, 64, 64))
-    assert (image == 0.4).all()
+    image, boxes = torch.rand(3, 48, 192), []
+    for _ in range(300):
+        y, x = patchae.add_defects(image, image)[1][0].nonzero(as_tuple=True)
+        boxes.append((y.min().item(), y.max().item(), x.min().item(), x.max().item()))
+    tops, bottoms, lefts, rights = np.transpose(boxes)
+    heights, widths = bottoms - tops + 1, rights - lefts + 1
+    assert set(heights) == set(range(3, 13)) and levels(widths, 9, 48).min() > 15
+    assert abs(np.corrcoef(heights, widths)[0, 1]) < 0.2
+    assert (tops.min(), bottoms.max(), lefts.min(), rights.max()) == (0, 47, 0, 191)
+    assert levels(tops / (48 - heights), 0, 1).min() > 15
+    assert levels(lefts / (192 - widths), 0, 1).min() > 15
 
 
-def test_number_kind_and_box_of_defects_vary(monkeypatch):
-    """1 to 6 in an image, of three kinds, in boxes of 1/24 to 1/4 of the height and of the width, anywhere.
-
-    The pixels that change are those of the mask, and stay in [0, 1].
-    """
-    drawn, counts = [], set()
-
-    def watched(kind):
-        return lambda other, h, w: drawn.append((kind.__name__, h, w)) or kind(other, h, w)
-
-    for kind in KINDS:
-        monkeypatch.setattr(patchae, kind, watched(getattr(patchae, kind)))
-    image, ever = torch.rand(3, 48, 192), torch.zeros(48, 192, dtype=bool)
-    for _ in range(100):
-        before = len(drawn)
-        defected, mask = patchae.add_defects(image, image.flip(2))
-        counts.add(len(drawn) - before)
-        ever |= mask[0]
+def test_numbers_and_kinds_of_defects(monkeypatch):
+    """1 to 6 of three kinds in an image. What changes is in the mask, and stays in [0, 1]."""
+    calls = {kind: watch(monkeypatch, patchae, kind) for kind in KINDS}
+    image, other, counts = torch.rand(3, 48, 96), torch.rand(3, 48, 96), []
+    before = image.clone()
+    for _ in range(150):
+        drawn = sum(map(len, calls.values()))
+        defected, mask = patchae.add_defects(image, other)
+        counts.append(sum(map(len, calls.values())) - drawn)
         changed = (defected != image).any(dim=0, keepdim=True)
-        assert not (changed & ~mask).any() and (changed == mask).float().mean() > .99
-        assert 0 <= defected.min() and defected.max() <= 1
-    names, heights, widths = zip(*drawn)
-    assert counts == {1, 2, 3, 4, 5, 6} and set(names) == set(KINDS)
-    assert (min(heights), max(heights)) == (3, 12) and 9 <= min(widths) <= 12 and 40 < max(widths) <= 48
-    assert all(part.any() for part in (ever[:2], ever[-2:], ever[:, :6], ever[:, -6:]))
+        assert not (changed & ~mask).any() and (changed == mask).float().mean() > 0.99
+        assert 0 <= defected.min() and defected.max() <= 1 and torch.equal(image, before)
+    assert set(counts) == {1, 2, 3, 4, 5, 6} and np.bincount(counts)[1:].min() > 10
+    assert min(map(len, calls.values())) > 0.25 * sum(counts)
 
 
-def test_blob_by_hand(monkeypatch):
-    """Without noise a blob is (disc − 0.3) / softness, cut to [0, 1], with disc = 1 − x² − y².
+def test_blob_by_hand():
+    """In the middle of many blobs is (disc − 0.3) / softness, cut to [0, 1], disc = 1 − x² − y².
 
-    On 5 × 5 points, x and y = −1, −½, 0, ½, 1, the disc's middle rows are 0, ½, ¾, ½, 0 and 0, ¾, 1, ¾, 0.
-    A paste has the softness 0.1, cut out; a stain that or 1, multiplied by its opacity, here 0.6. With noise
-    no blob is its own mirror image; at the box's border it is 0, so that no edge is cut.
+    On 5 × 5 points, x and y = −1, −½, 0, ½, 1, the disc's rows are 0, ½, ¾, ½, 0 and 0, ¾, 1, ¾, 0.
+    The noise lifts as often as it lowers, so it does not move the median. No blob is its own mirror
+    image. At the box's border it is 0, so that no edge is cut. A soft one has no steps.
     """
-    blobs = torch.cat([patchae.irregular_blob(20, 30, .1) for _ in range(200)])
-    assert (blobs - blobs.flip(2)).abs().amax(dim=(1, 2)).min() > .1
-    assert blobs[:, [0, -1]].max() == blobs[:, :, [0, -1]].max() == 0
-    soft = torch.zeros(5, 5)
-    soft[1:4, 1:4] = torch.tensor([[.2, .45, .2], [.45, .7, .45], [.2, .45, .2]])
-    hard = 1.0 * (soft > 0)
-    monkeypatch.setattr(torch, "randn", lambda *shape: torch.zeros(shape))
-    monkeypatch.setattr(random, "uniform", lambda low, high: 0.6)
-    torch.testing.assert_close(patchae.irregular_blob(5, 5, 1.0)[0], soft)
-    torch.testing.assert_close(patchae.altered_paste(torch.rand(3, 9, 9), 5, 5)[1][0], hard)
-    stains = torch.cat([patchae.stain(None, 5, 5)[1] for _ in range(20)]).unique(dim=0)
-    torch.testing.assert_close(stains, .6 * torch.stack([soft, hard]))
+    soft = np.zeros((5, 5))
+    soft[1:4, 1:4] = [[0.2, 0.45, 0.2], [0.45, 0.7, 0.45], [0.2, 0.45, 0.2]]
+    for softness, expected in ((patchae.SOFT, soft), (patchae.HARD, 1.0 * (soft > 0))):
+        blobs = torch.cat([patchae.irregular_blob(5, 5, softness) for _ in range(800)])
+        np.testing.assert_allclose(blobs.median(dim=0).values, expected, atol=0.05)
+        blobs = torch.cat([patchae.irregular_blob(40, 60, softness) for _ in range(100)])
+        assert (blobs - blobs.flip(1)).abs().amax(dim=(1, 2)).min() > 0.1
+        assert (blobs - blobs.flip(2)).abs().amax(dim=(1, 2)).min() > 0.1
+        assert blobs[:, [0, -1]].max() == blobs[:, :, [0, -1]].max() == 0 == blobs.min()
+        steps = max(blobs.diff(dim=1).max().item(), blobs.diff(dim=2).max().item())
+        assert steps < 0.3 if softness == patchae.SOFT else steps > 0.6
 
 
-def test_scratch_by_hand(monkeypatch):
-    """A straight scratch along row 10: one or three pixels wide, then softened over three.
+def test_paste_is_a_flipped_and_recoloured_part_from_anywhere():
+    """Red rises to the right, green downwards: in a paste one of them falls, and their ends say where
+    it comes from, whatever the gain: of the columns 1 + x, for instance, 3g to 20g is 3 to 20.
 
-    Across it α is ⅓ ⅓ ⅓ or ⅓ ⅔ 1 ⅔ ⅓ of its opacity, here 0.6, all along it, without a gap.
+    Each colour has its own gain of 0.6 to 1.4. What becomes brighter than white is white.
     """
-    rand, seen = torch.rand, set()
-    line = torch.tensor([[.5, 0], [.5, .5], [.5, 1]]).view(3, 2, 1)  # (y, x) of start, bend and end
-    monkeypatch.setattr(torch, "rand", lambda *shape: line if shape == (3, 2, 1) else rand(*shape))
-    monkeypatch.setattr(random, "uniform", lambda low, high: 0.6)
-    for _ in range(20):
-        alpha = patchae.scratch(None, 21, 40)[1][0, :, 2:-2] / .6 * 3
-        assert (alpha.amax(dim=1) - alpha.amin(dim=1)).max() < 1e-5
-        seen.add(tuple(alpha[7:14, 20].round().int().tolist()))
-        assert alpha[:7].max() == alpha[14:].max() == 0
-    assert seen == {(0, 0, 1, 1, 1, 0, 0), (0, 1, 2, 3, 2, 1, 0)}
+    y, x = torch.meshgrid(1 + torch.arange(24.), 1 + torch.arange(32.), indexing="ij")
+    other = torch.stack([x / 80, y / 80, torch.full_like(x, 0.5)])
+    places, turned, gains = set(), [], []
+    for _ in range(400):
+        (red, green, blue), alpha = patchae.altered_paste(other, 18, 26)
+        ends = (green[0, 0].item(), green[-1, 0].item()), (red[0, 0].item(), red[0, -1].item())
+        turned.append(tuple(first < last for first, last in ends))
+        first = [min(pair) / (max(pair) - min(pair)) * n for pair, n in zip(ends, (17, 25))]
+        places.add(tuple(round(place) - 1 for place in first))
+        own = [80 * (max(pair) - min(pair)) / n for pair, n in zip(ends, (17, 25))]
+        gains.append((*own, 2 * blue.mean().item()))
+        assert 0 <= alpha.min() and alpha[:, [0, -1]].max() == 0 < alpha.max() <= 1
+    assert places == {(top, left) for top in range(7) for left in range(7)}
+    assert 160 < turned.count((True, False)) == 400 - turned.count((False, True)) < 240
+    assert all(levels(gain, 0.6, 1.4).min() > 20 for gain in np.transpose(gains))
+    assert abs(np.corrcoef(np.transpose(gains))[~np.eye(3, dtype=bool)]).max() < 0.2
+    assert max(patchae.altered_paste(other / other, 9, 9)[0].max() for _ in range(9)) == 1
 
 
-def test_stains_go_from_fine_noise_to_one_colour():
-    """Neighbouring pixels of uniform noise differ by 1/3 on average; interpolated between cells of 4 pixels,
-    the finest grain, by 0.056, and by 0 where one cell covers the box. Each channel has its own noise."""
-    paints = torch.stack([patchae.stain(None, 30, 30)[0].expand(3, 30, 30) for _ in range(200)])
+def test_scratches_are_thin_soft_bent_and_of_one_colour():
+    """The curve is softened over 3 × 3 pixels, so that its levels are ninths of its opacity.
+
+    All nine if it is three pixels wide; only up to seven if it is one wide. No gap: it occupies
+    neighbouring rows and columns. It would be straight if its pixels spread in one direction only.
+    """
+    opacities, colours, spreads, areas = [], [], [], []
+    for _ in range(300):
+        colour, alpha = patchae.scratch(None, 61, 61)
+        ninths = alpha / alpha[alpha > 0].min()
+        if ninths.max() > 8.9:
+            assert (ninths - ninths.round()).abs().max() < 1e-3
+            opacities.append(alpha.max().item())
+        for axis in (1, 2):
+            seen = np.flatnonzero(alpha[0].amax(dim=axis - 1))
+            assert seen[-1] - seen[0] == len(seen) - 1
+        places = alpha[0].nonzero().float()
+        spreads.append(torch.linalg.svdvals(places - places.mean(dim=0))[1].item() / len(places)**.5)
+        areas.append((alpha > 0).float().mean().item())
+        colours.append(colour.flatten().tolist())
+    assert 100 < len(opacities) < 200 and levels(opacities, 0.3, 1).min() > 4
+    assert 0.03 < np.mean(areas) < 0.08 and np.mean(np.greater(spreads, 3)) > 0.3
+    assert all(levels(colour, 0, 1).min() > 15 for colour in np.transpose(colours))
+    assert abs(np.corrcoef(np.transpose(colours))[~np.eye(3, dtype=bool)]).max() < 0.2
+
+
+def test_stains_go_from_fine_noise_to_one_colour_and_from_faint_to_opaque():
+    """Neighbouring pixels of uniform noise differ by 1/3 on average; between cells of 4 pixels, the
+    finest grain, by 0.056, and by 0 where one cell covers the box. Each channel has its own noise.
+
+    A hard blob is flat in its middle, and there α is the opacity. A soft one is not.
+    """
+    stains = [patchae.stain(None, 30, 30) for _ in range(300)]
+    paints = torch.stack([paint.expand(3, 30, 30) for paint, _ in stains])
     rough = paints.diff(dim=3).abs().mean(dim=(1, 2, 3))
-    assert .05 < rough.max() < .065 and .1 < (rough < 1e-6).float().mean() < .5
-    assert paints.std(dim=1).mean() > .1
-
-
-def test_paste_is_a_flipped_and_recoloured_part_of_the_image():
-    """Red rises to the right and green downwards: in a paste one of the two falls. Each channel has its own
-    gain of 0.6 to 1.4."""
-    y, x = torch.meshgrid(torch.arange(64.), torch.arange(96.), indexing="ij")
-    other = torch.stack([.1 + x / 200, .1 + y / 200, torch.full_like(x, .5)])
-    turned, gains = set(), []
-    for _ in range(60):
-        red, green, blue = patchae.altered_paste(other, 20, 30)[0]
-        red, green = 200 * red[0].diff().mean().item(), 200 * green[:, 0].diff().mean().item()
-        turned.add((red > 0, green > 0))
-        gains.append((abs(red), abs(green), 2 * blue.mean().item()))
-    assert turned == {(True, False), (False, True)}
-    assert .59 < np.min(gains) < .65 and 1.35 < np.max(gains) < 1.41
-    assert np.abs(np.corrcoef(np.transpose(gains))[~np.eye(3, dtype=bool)]).max() < .5
+    assert 0.05 < rough.max() < 0.08 and 0.1 < (rough < 1e-6).float().mean() < 0.5
+    assert paints.std(dim=1).mean() > 0.1 and levels(paints.flatten().numpy(), 0, 1).min() > 1000
+    hard = [alpha.max().item() for _, alpha in stains
+            if (alpha == alpha.max()).float().sum() > 0.5 * (alpha > 0).float().sum()]
+    assert 100 < len(hard) < 200 and levels(hard, 0.3, 1).min() > 4
+    assert all(alpha[:, [0, -1]].max() == 0 <= alpha.min() for _, alpha in stains)

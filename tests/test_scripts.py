@@ -1,34 +1,46 @@
-"""The scripts as a user runs them: train, evaluate, predict, their tables and pictures; the READMEs."""
+"""The scripts as a user runs them: options, tables, pictures, decisions, devices, the READMEs.
+
+The oracles take vectors from the model; all else is NumPy, scikit-learn, Pillow and this file.
+"""
 import csv
+import dataclasses
 import itertools
 import math
-import random
 import re
 import runpy
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINT, GOOD, OPTIONS, ROOT, TEST, TINY, watch
-from PIL import Image, ImageOps
+from conftest import (CHECKPOINT, GOOD, OPTIONS, ROOT, TEST, TINY, draw_dataset, fails,
+                      random_states, seed_all, watch)
+from PIL import Image, ImageDraw, ImageOps
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import evaluate
 import patchae
 import train
-from data import make_toy
+from data import images, make_toy
+from patchae import DEMO, Config, PatchAE
+
+DARK_TO_GLOWING = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30],
+                            [255, 255, 170]])
+MASKS = Path("data/part/ground_truth/dent")
 
 
-def run(main, *argv):
-    """main must succeed with OPTIONS and these; train.py gets TINY, too."""
-    assert main([*OPTIONS, *(TINY if main is train.main else []), *(str(a) for a in argv)]) == 0
+def run(main, *argv, code=0):
+    """main must end with this code, given OPTIONS and these; train.py gets TINY, too."""
+    tiny = TINY if main is train.main else []
+    assert main([*OPTIONS, *tiny, *(str(word) for word in argv)]) == code
 
 
 def rows(path):
@@ -36,9 +48,9 @@ def rows(path):
     return list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
 
 
-def checkpoint():
-    """What the checkpoint holds."""
-    return torch.load(CHECKPOINT, weights_only=True)
+def checkpoint(path=CHECKPOINT):
+    """What a checkpoint holds."""
+    return torch.load(path, weights_only=True)
 
 
 def pixels(path, size=None):
@@ -47,27 +59,42 @@ def pixels(path, size=None):
     return np.array(image.resize(size, Image.BILINEAR) if size else image, dtype=float)
 
 
-# ---- the oracle: vectors by the model, all else by numpy, scikit-learn and Pillow ----------------
-def distances(queries, memory):
-    """(N, 16, 16): of each vector (N, C, 16, 16) the distance to the nearest in the memory, likewise."""
-    queries, memory = (np.moveaxis(v, 1, 3).reshape(-1, v.shape[1]) for v in (queries, memory))
-    return NearestNeighbors(n_neighbors=1).fit(memory).kneighbors(queries)[0].reshape(-1, 16, 16)
-
-
+# ---- the oracle: vectors by the model, all else by NumPy, scikit-learn and Pillow ----------------
 @torch.no_grad()
-def anomaly_maps(paths, kind="feature"):
-    """(N, 16, 16) of image files; without any the normal images, each against the others."""
-    model, _, _ = patchae.load_checkpoint(CHECKPOINT)
-    image = np.stack([pixels(path, (64, 64)) for path in [*paths, *sorted(GOOD.iterdir())]]) / 255
+def vectors(paths, method="trained"):
+    """What the method compares of image files, (N, 16, 16, C); or what the decoder draws."""
+    model = PatchAE.load(CHECKPOINT)
+    image = np.stack([pixels(path, (64, 64)) for path in paths]) / 255
     image = torch.tensor(image, dtype=torch.float32).permute(0, 3, 1, 2)
-    if kind == "reconstruction":
-        error = (F.pixel_shuffle(model(image), 4).numpy() - image.numpy())**2
-        return error.reshape(-1, 3, 16, 4, 16, 4).mean(axis=(1, 3, 5))[:len(paths)]
-    features = model.features(image)
-    found = (features if kind == "backbone" else patchae.represent(features, model.encoder)).numpy()
+    found = model(image) if method == "reconstruction" else model.vectors(image, method)
+    return found.permute(0, 2, 3, 1).numpy()
+
+
+def drawn(paths):
+    """What the decoder draws of image files, (N, 64, 64, 3) in 0 to 255."""
+    patches = vectors(paths, "reconstruction").reshape(-1, 16, 16, 3, 4, 4)
+    return 255 * patches.transpose(0, 1, 4, 2, 5, 3).reshape(-1, 64, 64, 3).clip(0, 1)
+
+
+def distances(queries, memory):
+    """(N, 16, 16): of each vector (N, 16, 16, C) the distance to the nearest in the memory."""
+    nearest = NearestNeighbors(n_neighbors=1).fit(memory.reshape(-1, memory.shape[-1]))
+    return nearest.kneighbors(queries.reshape(-1, memory.shape[-1]))[0].reshape(-1, 16, 16)
+
+
+def anomaly_maps(paths, method="trained"):
+    """(N, 16, 16) of image files; of none those of the normal images, each against the others."""
+    normal = sorted(GOOD.iterdir())
+    if method == "reconstruction":
+        patches = vectors(paths, method).reshape(-1, 16, 16, 3, 4, 4)
+        image = np.stack([pixels(path, (64, 64)) for path in paths]) / 255
+        image = image.reshape(-1, 16, 4, 16, 4, 3).transpose(0, 1, 3, 5, 2, 4)
+        return ((patches - image)**2).mean(axis=(3, 4, 5))
+    found = vectors([*paths, *normal], method)
     if paths:
         return distances(found[:len(paths)], found[len(paths):])
-    return np.concatenate([distances(found[[i]], np.delete(found, i, axis=0)) for i in range(len(found))])
+    return np.concatenate([distances(found[[n]], np.delete(found, n, axis=0))
+                           for n in range(len(found))])
 
 
 def image_scores(maps):
@@ -80,238 +107,617 @@ def enlarged(anomaly_map, size):
     return np.array(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.BILINEAR))
 
 
-def check_results(folder, root, paths, maps, threshold):
-    """scores.csv and the heatmaps of images below root. Returns the scores, in the order of the paths.
+def regions(truth):
+    """The pixels of each region of a mask, corners included, by flood fill."""
+    left = set(zip(*map(list, np.nonzero(truth))))
+    while left:
+        region, border = set(), {left.pop()}
+        while border:
+            region |= border
+            border = {(y + a, x + b) for y, x in border for a in (-1, 0, 1) for b in (-1, 0, 1)}
+            border &= left
+            left -= border
+        yield tuple(zip(*region))
 
-    The table begins with the most anomalous. A heatmap is the image with its own map: opaque to 0.6 from 0.9
-    to 1.1 thresholds, coloured from 0.5 to 1.5. Without a threshold (NaN) the largest value is at 1.5.
+
+def aupro_by_hand(truths, maps):
+    """The area under the curve of overlaps up to 0.3, threshold by threshold."""
+    normal = np.sort(maps[~truths])
+    found = [np.sort(one[region]) for one, truth in zip(maps, truths) for region in regions(truth)]
+    area, x, y = 0, 0, 0
+    for threshold in np.unique(maps)[::-1]:
+        above = [1 - np.searchsorted(part, threshold) / len(part) for part in (normal, *found)]
+        end, overlap = above[0], np.mean(above[1:])
+        if end > 0.3 and end > x:
+            overlap, end = y + (overlap - y) * (0.3 - x) / (end - x), 0.3
+        area += (end - x) * (y + overlap) / 2
+        x, y = end, overlap
+        if x >= 0.3:
+            return area / 0.3
+    return area / 0.3
+
+
+# ---- options ------------------------------------------------------------------------------------
+def train_and_look(*argv):
+    """Run train.py; what a run consists of, place by place, each a flat tensor."""
+    def flat(*tensors):
+        return torch.cat([torch.as_tensor(t).detach().float().flatten() for t in tensors])
+
+    def part(state, name):
+        return flat(*(state[key] for key in state if key.startswith(name)))
+
+    def build(config):
+        model = build_model(config)
+        seen["model"], state = model, model.state_dict()
+        seen.update({f"{name} at start": part(state, name)
+                     for name in ("backbone", "encoder", "decoder")})
+        return model
+
+    seen, build_model = {}, patchae.build_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patchae, "build_model", build)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        losses = watch(patch, patchae, "training_loss")
+        looked = watch(patch, PatchAE, "features")
+        run(train.main, *argv)
+    content, memory = checkpoint(), seen.pop("model").memory
+    seen |= {name: part(content["model"], name)
+             for name in ("backbone", "encoder", "decoder", "raw_backbone")}
+    return content["config"], seen | {
+        "images": flat(content["images"]), "scores": flat(content["normal_scores"]),
+        "inputs": flat(*(t for (_, image, mask, *_), _ in losses for t in (image, mask))),
+        "first loss": flat(losses[0][1]), "losses": flat(*(loss for _, loss in losses)),
+        "memory": flat([len(one) for one in memory]),
+        "at once": flat(max(len(image) for (_, image, *_), _ in looked))}
+
+
+def differing(one, other):
+    """The places in which two runs differ by more than rounding."""
+    return {place for place in one if one[place].shape != other[place].shape or not torch.allclose(
+        one[place], other[place], rtol=3e-4, atol=1e-6, equal_nan=True)}
+
+
+TRAINED = {"losses", "encoder", "decoder", "scores"}
+BACKBONE = {"backbone at start", "backbone", "raw_backbone", "first loss", *TRAINED}
+TRAIN_OPTIONS = {
+    "--backbone resnet50": {*BACKBONE, "encoder at start", "decoder at start"},
+    "--weights other.pt": BACKBONE,
+    "--layers 1": {*BACKBONE, "encoder at start", "decoder at start"},
+    "--image-size 96": {"images", "inputs", "memory", "first loss", *TRAINED},
+    "--patch-size 8": {"decoder at start", "memory", "first loss", *TRAINED},
+    "--neighbourhood 1": {"first loss", *TRAINED},
+    "--start random": {"encoder at start", "first loss", *TRAINED},
+    "--start random --channels 16": {"encoder at start", "decoder at start", "first loss",
+                                     *TRAINED},
+    "--memory-fraction 0.5": {"memory", "scores"},
+    "--finetune-backbone": {"backbone", *TRAINED},
+    "--no-defects": {"inputs", "first loss", *TRAINED},
+    "--defect-weight 0": {"first loss", *TRAINED},
+    "--steps 3": {"inputs", *TRAINED},
+    "--lr 0.01": TRAINED,
+    "--encoder-lr 0.01": TRAINED,
+    "--threshold-images 3": {"scores"},
+    "--seed 1": {*BACKBONE, "decoder at start", "inputs"},
+    "--batch-size 2": {"at once"},
+    "--device auto": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(trained, tmp_path_factory):
+    """What a run of train.py without further options consists of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shutil.copytree(trained, tmp_path_factory.mktemp("plain") / "copy"))
+        return train_and_look()
+
+
+@pytest.mark.parametrize("option", TRAIN_OPTIONS)
+def test_an_option_changes_what_its_help_names_and_nothing_else(workspace, plain, option):
+    """From the images to the scores; and in the Config the fields of its name, if it has any."""
+    words = option.split()
+    if "other.pt" in words:
+        other = patchae.build_model(Config(backbone="resnet18", weights="random", seed=1))
+        torch.save(other.backbone.state_dict(), "other.pt")
+    config, seen = train_and_look(*words)
+    assert differing(seen, plain[1]) == TRAIN_OPTIONS[option]
+    names = {word[2:].removeprefix("no-").replace("-", "_") for word in words if word[:2] == "--"}
+    fields = {name for name in config if config[name] != plain[0][name]}
+    assert fields == names - {"batch_size", "device"}
+
+
+def evaluate_and_look(*argv):
+    """Run evaluate.py; what a run gives, place by place, each a tensor."""
+    shutil.rmtree("runs/part/trained", ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        looked = watch(patch, PatchAE, "features")
+        run(evaluate.main, *argv)
+    path, = Path("runs/part").glob("*/result.csv")
+    table, (result,) = rows(path.parent / "scores.csv"), rows(path)
+    seen = {place: [float(result[place])]
+            for place in ("threshold", "image_auroc", "pixel_auroc", "aupro")}
+    seen["scores"] = [float(row["score"]) for row in table]
+    seen["verdicts"] = [("", "False", "True").index(row["is_anomalous"]) for row in table]
+    seen["heatmaps"] = [pixels(p).mean() for p in sorted(path.parent.rglob("heatmaps/**/*.png"))]
+    seen["overview"] = [pixels(path.parent / "overview.png").mean()]
+    seen["at once"] = [max(len(image) for (_, image, *_), _ in looked)]
+    seen["folder"] = [*path.parent.name.encode()]
+    return {place: torch.tensor(numbers) for place, numbers in seen.items()}
+
+
+PICTURES = {"heatmaps", "overview"}
+EVALUATE_OPTIONS = {
+    "--quantile 0.01": {"threshold", "verdicts", *PICTURES},
+    "--batch-size 2": {"at once"},
+    "--device auto": set(),
+    "--test test_b": {"folder", "scores", "verdicts", "pixel_auroc", "aupro", *PICTURES},
+    "--method reconstruction": {"folder", "scores", "threshold", "verdicts", "pixel_auroc",
+                                "aupro", *PICTURES}}
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """A folder with a second, darker test set, and what evaluate.py without options gives there."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shutil.copytree(TEST, "data/part/test_b")
+        shutil.copytree(MASKS, "data/part/ground_truth_b/dent")
+        for path in Path("data/part/test_b").rglob("*.png"):
+            Image.fromarray((0.9 * pixels(path)).astype(np.uint8)).save(path)
+        return folder, evaluate_and_look()
+
+
+@pytest.mark.parametrize("option", EVALUATE_OPTIONS)
+def test_an_option_of_evaluate_changes_what_its_help_names(evaluated, monkeypatch, option):
+    """From the scores to the pictures, and nothing else."""
+    monkeypatch.chdir(evaluated[0])
+    seen = evaluate_and_look(*option.split())
+    shutil.rmtree("runs/part", ignore_errors=True)
+    assert differing(seen, evaluated[1]) == EVALUATE_OPTIONS[option]
+
+
+@pytest.mark.parametrize("script, elsewhere", [
+    (train, "--data --category --demo --out --skip-finished"),
+    (evaluate, "--data --category --demo --out --predict")])
+def test_the_help_names_every_option_and_its_default(capsys, script, elsewhere):
+    """A default that the help names is the default: given as the option it changes nothing.
+
+    Every option stands in a table above, or is one of those that the tests below use.
     """
-    table = rows(f"{folder}/scores.csv")
-    assert table == sorted(table, key=lambda row: -float(row["score"])) and len(table) == len(paths)
-    found = {row["path"]: row for row in table}
-    scale = maps.max() / 1.5 if math.isnan(threshold) else threshold
-    for path, anomaly_map, score in zip(paths, maps, image_scores(maps)):
-        row = found[str(path)]
-        assert row["folder"] == path.parent.name and float(row["score"]) == pytest.approx(score, rel=1e-3)
-        assert row["is_anomalous"] == ("" if math.isnan(threshold) else str(score > threshold))
-        image = pixels(path)
-        level = enlarged(anomaly_map, image.shape[1::-1]) / scale
-        stops = np.linspace(0.5, 1.5, len(evaluate.COLOURS))
-        colour = np.stack([np.interp(level, stops, channel) for channel in evaluate.COLOURS.T], axis=2)
-        opacity = np.interp(level, (0.9, 1.1), (0, 0.6))[..., None]
-        name = path.relative_to(root).as_posix().removesuffix(".png") + ".png"
-        heatmap = pixels(f"{folder}/heatmaps/{name}")
-        assert abs(heatmap - image * (1 - opacity) - colour * opacity).mean() < 1
-    return [float(found[str(path)]["score"]) for path in paths]
+    def parsed(*words):
+        args, config = script.parse(words) if script is train else (script.parse(words), None)
+        return config, *(getattr(args, name, None) for name in (
+            "out", "device", "batch_size", "method", "test", "quantile", "demo"))
+
+    with pytest.raises(SystemExit, match="0"):
+        script.parse(["--help"])
+    text = capsys.readouterr().out
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", text)[1:]]
+    defaults = {entry.split(",")[0].split()[0]: re.findall(r"\(default: ([^,;)]*)", entry)
+                for entry in entries}
+    assert text.isascii() and {name for name in defaults if not defaults[name]} == set(
+        elsewhere.replace("--out ", "").split())
+    table = TRAIN_OPTIONS if script is train else EVALUATE_OPTIONS
+    used = {word.replace("--no-", "--") for option in table for word in option.split()}
+    assert {*elsewhere.split(), *used} >= set(defaults)
+    assert defaults.pop("--batch-size") == ["1 on a CPU"]  # as the tables above show
+    if script is train:
+        assert defaults.pop("--channels") == ["as many as the joined stages have"]
+        assert Config().channels is None
+    for name, (default,) in ((name, found) for name, found in defaults.items() if found):
+        words = {"yes": [name], "no": [name.replace("--", "--no-")]}
+        assert parsed(*words.get(default, [name, *default.split()])) == parsed()
 
 
-def check_column(sheet, column, *files):
-    """A column of overview.png begins with these images: itself, then its mask."""
-    for row, file in enumerate(files):
-        shown = np.array(ImageOps.contain(Image.open(file).convert("RGB"), (160, 160)), dtype=float)
-        cell = pixels(sheet)[24 + 164 * row:, 164 * column:][:shown.shape[0], :shown.shape[1]]
-        assert abs(cell - shown).mean() < 2
+def test_the_demo_has_settings_of_its_own_and_options_win():
+    """Options of both scripts given beside --demo."""
+    assert train.parse(["--demo"])[1] == DEMO != Config()
+    assert train.parse(["--demo", "--steps", "7", "--no-finetune-backbone"])[1] == (
+        dataclasses.replace(DEMO, steps=7, finetune_backbone=False))
+    args = evaluate.parse(["--demo"])
+    assert (args.method, args.test) == (["raw", "trained"], ["test", "test_faint"])
+    assert (args.data, args.category) == (ROOT / "data/toy", ["all"])
+    args = evaluate.parse("--demo --method raw --test b --data x --category y".split())
+    assert (args.method, args.test) == (["raw"], ["b"])
+    assert (args.data, args.category) == (Path("x"), ["y"])
 
 
 # ---- train.py -----------------------------------------------------------------------------------
-def test_training_sees_the_images_of_train_good_and_nothing_else(workspace, monkeypatch):
-    """The files opened, and the images in the checkpoint: none of test/ or ground_truth/. Training anew with
-    the same seed gives an equal checkpoint, another seed other weights. With --no-defects the loss is given
-    these images as they are, and a mask without a defect."""
-    shutil.copy(TEST / "dent/000.png", TEST / "good/009.png")
+def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, monkeypatch):
+    """Equal in every byte that is no time, from another state of each generator, which it leaves."""
     normal, before = sorted(GOOD.iterdir()), checkpoint()
+    picture, log = Path("runs/part/defects.png").read_bytes(), rows("runs/part/train.csv")
+    seed_all(7)
+    states = random_states()
     with monkeypatch.context() as patch:
         opened = watch(patch, Image, "open")
         run(train.main)
+    assert random_states() == states
     assert {path for (path, *_), _ in opened} == set(normal) and len(normal) == 6
     after = checkpoint()
-    assert set(after) == {"config", "model", "images", "normal_scores"}
-    assert after["images"].dtype == torch.uint8 and len(after["normal_scores"]) == 6
+    assert set(after) == {"config", "model", "images", "names", "normal_scores"}
+    assert after["config"] == before["config"] and after["names"] == [p.name for p in normal]
     assert np.array_equal(after["images"].permute(0, 2, 3, 1), [pixels(path) for path in normal])
     assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
     assert torch.equal(after["normal_scores"], before["normal_scores"])
-    calls = watch(monkeypatch, patchae, "training_loss")
-    run(train.main, "--seed", 1, "--steps", 3, "--no-defects")
-    for name in ("backbone.conv1.weight", "decoder.0.weight"):
-        assert not torch.equal(checkpoint()["model"][name], before["model"][name])
-    for (_, image, mask), _ in calls:
-        assert (image == after["images"] / 255).flatten(1).all(dim=1).any() and not mask.any()
+    assert picture == Path("runs/part/defects.png").read_bytes()
+    assert all({**a, "seconds": 0} == {**b, "seconds": 0}
+               for a, b in zip(rows("runs/part/train.csv"), log, strict=True))
 
 
-def test_train_csv_and_defects_png(workspace, monkeypatch, capsys):
-    """10 rows at most; the loss is the mean since the last row. Here a row takes 60 s: after 2 of 13 steps 11
-    more take 330 s. Columns of the picture: normal, defected, mask, rebuilt; what `rebuilt` says, 0 if all of
-    the defects is rebuilt, follows from its pixels."""
-    calls = watch(monkeypatch, patchae, "training_loss")
-    monkeypatch.setattr(train.time, "monotonic", itertools.count(0, 60).__next__)
+def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys):
+    """A loss is the mean since the last row; here a row takes 60 s: after 2 of 13 steps 330 s are left.
+
+    defects.png shows normal images, their defects, the masks, what the decoder draws; what is
+    missing follows from its pixels. A copy is named. Nothing goes to a pipe but that.
+    """
+    losses = watch(monkeypatch, patchae, "training_loss")
+    clock = itertools.count(0, 60).__next__
+    monkeypatch.setattr(train, "Log", partial(train.Log, clock=clock))
+    shutil.copy(GOOD / "000.png", GOOD / "copy.png")
     run(train.main, "--steps", 13)
+    out, err = capsys.readouterr()
     log = rows("runs/part/train.csv")
-    losses = [loss.item() for _, loss in calls]
+    losses = [loss.item() for _, loss in losses]
     means = [(a + b) / 2 for a, b in zip(losses[:12:2], losses[1::2])] + losses[12:]
-    for number, (row, mean) in enumerate(zip(log, means, strict=True), 1):
-        assert (int(row["step"]), float(row["seconds"])) == (min(2 * number, 13), 60 * number)
-        assert float(row["loss"]) == pytest.approx(mean, rel=1e-5)
-    text = f"step 2/13  loss {means[0]:.4f}  missing {float(log[0]['rebuilt']):.3f}  330 s left\n"
-    assert f"part: {text}" in capsys.readouterr().out
+    steps, missing = [2, 4, 6, 8, 10, 12, 13], [float(row["missing_share"]) for row in log]
+    assert [list(map(float, row.values())) for row in log] == pytest.approx(
+        np.array([steps, means, missing, np.arange(60, 421, 60)]).T, rel=1e-5)
+    assert list(log[0]) == ["step", "loss", "missing_share", "seconds"] and err == ""
+    assert out.splitlines()[1:] == [
+        "part: 7 normal images",
+        "part: 1 copies, left out of each other's scores: copy.png = 000.png",
+        "part: backbone resnet18, weights random",
+        *(f"part: step {step}/13  loss {loss:.4f}  missing_share {share:.3f}  "
+          f"{60 * n / step * (13 - step):.0f} s left"
+          for n, (step, loss, share) in enumerate(zip(steps, means, missing), 1)),
+        f"part: wrote {CHECKPOINT}"]
     cells = pixels("runs/part/defects.png")[2:, 2:].reshape(6, 66, 4, 66, 3)[:, :64, :, :64]
     normal, defected, mask, rebuilt = cells.transpose(2, 0, 1, 3, 4)
-    assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.iterdir())])
+    assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.iterdir())[:6]])
     assert set(np.unique(mask)) == {0, 255} and (normal == defected)[mask == 0].all()
     assert (normal != defected)[mask == 255].mean() > 0.5
-    missing = ((rebuilt - defected)**2)[mask == 255].sum() / ((normal - defected)**2)[mask == 255].sum()
-    assert float(log[-1]["rebuilt"]) == pytest.approx(missing, rel=0.03)
+    error, all_of_it = (((one - defected)**2)[mask == 255].sum() for one in (rebuilt, normal))
+    assert missing[-1] == pytest.approx(error / all_of_it, rel=0.03)
+    for n, image in enumerate(defected):
+        Image.fromarray(image.astype(np.uint8)).save(f"{n}.png")
+    assert abs(drawn([f"{n}.png" for n in range(6)]) - rebuilt).max() < 2
 
 
-def test_skip_finished_skips_an_equal_configuration_only(workspace, monkeypatch):
-    """With another option, or without the checkpoint, training runs."""
-    monkeypatch.setattr(train, "fit", Mock(return_value=[]))
-    for argv, calls in (([], 0), (["--lr", "0.5"], 1), (["--lr", "0.5"], 1), ([], 2)):
+def test_a_loss_that_is_no_number_stops_the_training(workspace):
+    """It names the options that help; and a training without steps is one."""
+    run(train.main, "--steps", 0)
+    assert rows("runs/part/train.csv") == []
+    model = PatchAE.load(CHECKPOINT)
+    model.config.steps = 4
+    log = train.Log(model, model.images, "part")
+    for loss in (math.nan, math.inf, 1e5):
+        with pytest.raises(patchae.UserError, match="part: the loss is .*--lr or --encoder-lr"):
+            log(1, loss)
+
+
+def test_a_training_replaces_all_that_was_there_before(workspace, capsys):
+    """Also the evaluations, whose numbers are those of another model; but nothing that is no result."""
+    run(evaluate.main, "--method", "raw", "trained")
+    run(evaluate.main, "--predict", TEST)
+    run(train.main, "--steps", 1)
+    assert {path.name for path in Path("runs/part").iterdir()} == {
+        "checkpoint.pt", "train.csv", "defects.png"}
+    Path("runs/part/train.csv").unlink()
+    Path("runs/part/letter.txt").write_text("dear")
+    fails(capsys, train.main, [*OPTIONS, *TINY], "--out runs", Path("runs/part"))
+    assert Path("runs/part/letter.txt").exists()
+
+
+def test_skip_finished(workspace, monkeypatch):
+    """The same images and options: left as it is. Those of memory and threshold: no training."""
+    trained, remembered = Mock(), watch(monkeypatch, PatchAE, "remember")
+    monkeypatch.setattr(train, "fit", trained)
+    before, log = checkpoint(), Path("runs/part/train.csv").read_bytes()
+
+    def calls(*argv):
+        """How often it trained and remembered in this run."""
+        trained.reset_mock()
+        remembered.clear()
         run(train.main, "--skip-finished", *argv)
-        assert train.fit.call_count == calls
+        return trained.call_count, len(remembered)
+
+    assert calls() == (0, 0)
+    few = ("--threshold-images", 3, "--memory-fraction", 0.5)
+    assert calls(*few) == (0, 1) and calls(*few) == (0, 0)
+    after = checkpoint()
+    assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
+    assert after["config"] == {**before["config"], "threshold_images": 3, "memory_fraction": 0.5}
+    assert len(after["normal_scores"]) == 3 and log == Path("runs/part/train.csv").read_bytes()
+    assert calls("--lr", 0.5) == (1, 1) and calls("--lr", 0.5) == (0, 0)
+    shutil.copy(GOOD / "000.png", GOOD / "one_more.png")
+    assert calls("--lr", 0.5) == (1, 1)
+    Image.fromarray((0.9 * pixels(GOOD / "000.png")).astype(np.uint8)).save(GOOD / "000.png")
+    assert calls("--lr", 0.5) == (1, 1) and calls("--lr", 0.5) == (0, 0)
     CHECKPOINT.unlink()
-    run(train.main, "--skip-finished")
-    assert train.fit.call_count == 3
+    assert calls("--lr", 0.5) == (1, 1)
 
 
-# ---- evaluate.py --------------------------------------------------------------------------------
-def test_scores_metrics_and_pictures_by_another_route(workspace, capsys):
-    """For each kind of score: scores.csv and heatmaps, both AUROCs in results.csv, overview.png."""
-    shutil.copy(TEST / "dent/000.png", TEST / "good/002.png")  # so that no AUROC is 1
-    paths, large = sorted(TEST.rglob("*.png")), (64, 64)
-    labels = [path.parent.name == "dent" for path in paths]
-    masks = {path: f"data/part/ground_truth/dent/{path.stem}_mask.png" for path in paths}
-    truth = [pixels(masks[p])[..., 0] > 0 if bad else np.zeros(large, bool) for p, bad in zip(paths, labels)]
-    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
-    for number, kind in enumerate(("feature", "backbone", "reconstruction", "feature")):
+@pytest.mark.parametrize("most, chosen", [(100, np.s_[:]), (4, np.s_[::2])])
+def test_the_threshold_is_a_quantile_of_leave_one_out_scores(workspace, capsys, most, chosen):
+    """By brute force, in the R of the end of the training; a copy is left out together with itself.
+
+    The rate of false alarms is that of ten thousand detectors whose scores are uniform.
+    """
+    for path in GOOD.iterdir():
+        noise = np.random.rand(64, 64, 1)
+        Image.fromarray((pixels(path) * noise).astype(np.uint8)).save(path)
+    shutil.copy(GOOD / "002.png", GOOD / "copy.png")
+    run(train.main, "--encoder-lr", 0.01, "--threshold-images", most)
+    expected = image_scores(anomaly_maps([]))[chosen]
+    assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
+    capsys.readouterr()
+    run(evaluate.main, "--quantile", 0.7)
+    found = re.search(r"part: threshold (.*), the 0.7 quantile of the scores of (.*) normal images; "
+                      r"if they are independent, expect (.*)% false alarms\n", capsys.readouterr().out)
+    threshold, number, rate = map(float, found.groups())
+    assert threshold == pytest.approx(np.quantile(expected, 0.7), abs=1e-4)
+    uniform = np.quantile(np.random.rand(10**4, len(expected)), 0.7, axis=1)
+    assert number == len(expected) and rate == pytest.approx(100 * (1 - uniform.mean()), abs=1)
+
+
+# ---- evaluate.py: numbers -----------------------------------------------------------------------
+@pytest.mark.parametrize("truth, levels, expected", [
+    ("####.# ......", "111100 000000", 0.575),     # the large one is found: from (0, 1/2) to (1, 1)
+    ("####.# ......", "000001 000000", 0.575),     # the small one counts as much
+    ("#....# .#....", "200000 020000", 0.575),     # corners touch: one region of two
+    ("####.. ......", "001100 000000", 0.575),     # half of the only one
+    ("##.... ......", "110000 000000", 1.0),
+    ("#....# ......", "300000 222000", 0.5),       # 3 of 10 normal pixels are 0.3
+    ("#....# ......", "300001 222000", 0.5),       # what is found from there on is of no use
+    ("...... ......", "300001 222000", math.nan), ("###### ######", "300001 222000", math.nan)])
+def test_aupro_by_hand(truth, levels, expected):
+    """Two rows of six pixels. The curve is cut at 0.3, where it is 0.65 if it began at 1/2."""
+    truth = torch.tensor([[[sign == "#" for sign in row] for row in truth.split()]])
+    levels = torch.tensor([[[float(sign) for sign in row] for row in levels.split()]])
+    assert evaluate.aupro(truth, levels) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
+def test_aupro_by_another_route():
+    """Threshold by threshold, the regions by flood fill; images with ties, of several densities."""
+    for density, steps in ((0.02, 1000), (0.1, 30), (0.3, 5)):
+        truths = np.random.rand(3, 20, 30) < density
+        maps = np.floor(np.random.rand(3, 20, 30) * steps) + truths * steps // 4
+        expected = aupro_by_hand(truths, maps)
+        assert evaluate.aupro(*map(torch.tensor, (truths, maps))) == pytest.approx(expected)
+
+
+def test_what_cannot_be_measured_is_said(workspace, capsys):
+    """No mask, none at all, a mask upside down; only one class."""
+    def look(*argv):
         capsys.readouterr()
-        run(evaluate.main, "--score", kind)
-        maps, folder = anomaly_maps(paths, kind), f"runs/part/{kind}"
-        scores = check_results(folder, TEST, paths, maps, threshold if kind == "feature" else math.nan)
-        results = rows("runs/results.csv")
-        assert len(results) == 2 * min(number + 1, 3)  # replaced, not repeated; a mean for each kind
-        row, = [row for row in results if (row["category"], row["score"]) == ("part", kind)]
-        assert float(row["image_auroc"]) == roc_auc_score(labels, scores) < 1
-        expected = roc_auc_score(np.ravel(truth), np.ravel([enlarged(m, large) for m in maps]))
-        assert float(row["pixel_auroc"]) == pytest.approx(expected, abs=1e-3)
-        text = "above the threshold 1 of 3 good and 2 of 2 defective images"
-        assert (text in capsys.readouterr().out) == (kind == "feature")
-        for column, path in ((2, paths[0]), (3, paths[1])):  # after two good ones
-            check_column(f"{folder}/overview.png", column, path, masks[path])
+        run(evaluate.main, *argv)
+        row, = rows("runs/results.csv")
+        *lines, last = capsys.readouterr().out.splitlines()
+        metrics = [float(row[name]) for name in ("image_auroc", "pixel_auroc", "aupro")]
+        printed = ["undefined" if math.isnan(m) else f"{m:.1%}" for m in metrics]
+        assert last.split()[3:6] == printed
+        return metrics, lines
+
+    for path in TEST.rglob("*.png"):  # darker, so that not all is found
+        Image.fromarray((0.9 * pixels(path)).astype(np.uint8)).save(path)
+    with_all, _ = look()
+    mask = (MASKS / "001_mask.png").rename("kept.png")
+    without_one, lines = look()
+    assert ("pixel metrics: 1 defective images have no mask, left out; looked for ground_truth/"
+            "TYPE/STEM.png, STEM_mask.png or STEM_mask_*.png") in lines
+    Path(TEST / "dent/001.png").rename("kept_image.png")
+    assert look()[0] == [pytest.approx(m) for m in without_one] != with_all
+    Path("kept_image.png").rename(TEST / "dent/001.png")
+    ImageOps.invert(Image.open(mask)).save(MASKS / "001.png")
+    assert f"{TEST / 'dent/001.png'}: more than half of the image is a defect; is it inverted?" in (
+        look()[1])
+    shutil.rmtree(MASKS)
+    metrics, lines = look()
+    assert "pixel metrics: undefined (no mask under ground_truth/ shows a defect)" in lines
+    assert metrics == [with_all[0], pytest.approx(math.nan, nan_ok=True),
+                       pytest.approx(math.nan, nan_ok=True)]
+    for folder, other in (("good", "dent"), ("dent", "good")):
+        shutil.move(TEST / folder, "moved")
+        metrics, lines = look()
+        kind = "good" if folder == "good" else "defective"
+        assert f"image AUROC: undefined (test/ has no {kind} images)" in lines
+        assert math.isnan(metrics[0])
+        shutil.move("moved", TEST / folder)
 
 
-def test_threshold_is_the_quantile_of_leave_one_out_scores(workspace, capsys):
-    """By brute force, after training on other images, as many as before. --threshold-images 3 takes images
-    0, 2 and 4 of 6; with 0, or a single image, which has no other to be compared with, nothing is decided."""
-    for most, chosen in ((100, np.s_[:]), (3, np.s_[::2])):
-        for path in GOOD.iterdir():
-            Image.fromarray((pixels(path) * np.random.rand(64, 64, 1)).astype(np.uint8)).save(path)
-        run(train.main, "--steps", 0, "--threshold-images", most)
-        expected = image_scores(anomaly_maps([]))[chosen]
-        assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
-        run(evaluate.main, "--quantile", 0.7)
-        found, = re.findall(r"threshold ([\d.]+), the 0.7 quantile", capsys.readouterr().out)
-        assert float(found) == pytest.approx(np.quantile(expected, 0.7), rel=1e-3)
-    for most, unused in ((0, []), (100, sorted(GOOD.iterdir())[1:])):
-        for path in unused:
-            path.unlink()
-        run(train.main, "--steps", 1, "--threshold-images", most)
-        run(evaluate.main, "--predict", TEST)
-        assert {row["is_anomalous"] for row in rows("runs/part/predictions/scores.csv")} == {""}
-
-
-def test_results_csv_by_hand(tmp_path, capsys):
-    """Each result.csv and a mean over each kind, without nan; a category that is called mean stays one. The
-    rows of one kind are printed, in per cent."""
-    for row in ("a,feature,0.5,0.9,1.0", "a,backbone,0.2,nan,1.0", "mean,feature,1.0,nan,2.0"):
-        path = tmp_path.joinpath(*row.split(",")[:2], "result.csv")
+def test_results_of_all_categories_by_hand(tmp_path, capsys):
+    """results.csv keeps every row, as it is; what was asked for is printed in per cent, with its mean."""
+    header = ("category,test_set,method,image_auroc,pixel_auroc,aupro,seconds_per_image,threshold,"
+              "seed,backbone,weights")
+    table = ["a,test,raw,0.5,0.9,nan,1.0,nan,0,resnet18,random",
+             "a,test,trained,0.6,0.8,0.4,1.5,3.5,0,resnet18,random",
+             "b,test,trained,0.8,nan,0.6,2.5,3.5,0,resnet18,random",
+             "b,test_c,trained,0.7,0.6,0.5,1.0,3.5,0,resnet18,random",
+             "old,test,trained,0.1,0.1,0.1,9.0,3.5,0,resnet18,random"]
+    for row in table:
+        name, test, method, *_ = row.split(",")
+        path = tmp_path / name / f"{method}-{test}" / "result.csv"
         path.parent.mkdir(parents=True)
-        path.write_text(f"{','.join(evaluate.RESULT)}\n{row},3,0,resnet18,random\n")
-    evaluate.gather_results(tmp_path, "feature")
-    assert (tmp_path / "results.csv").read_text().splitlines()[1:] == [
-        "a,backbone,0.2,nan,1.0,3,0,resnet18,random", "a,feature,0.5,0.9,1.0,3,0,resnet18,random",
-        "mean,feature,1.0,nan,2.0,3,0,resnet18,random",
-        "mean,feature,0.75,0.9,1.5,,,,", "mean,backbone,0.2,nan,1.0,,,,"]
-    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:]] == [
-        "a feature 50.0% 90.0% 1.000", "mean feature 100.0% undefined 2.000",
-        "mean feature 75.0% 90.0% 1.500"]
+        path.write_text(f"{header}\n{row}\n")
+    evaluate.gather_results(tmp_path, ["a", "b"], ["test", "test_c"], ["trained", "raw"])
+    assert (tmp_path / "results.csv").read_text().splitlines() == [header, *table]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        [], "category test set method image AUROC pixel AUROC AUPRO s/image".split(),
+        "a test trained 60.0% 80.0% 40.0% 1.500".split(),
+        "b test trained 80.0% undefined 60.0% 2.500".split(),
+        "mean test trained 70.0% 80.0% 50.0% 2.000".split(),
+        "a test raw 50.0% 90.0% undefined 1.000".split(),
+        "b test_c trained 70.0% 60.0% 50.0% 1.000".split()]
 
 
-def test_predictions(workspace):
-    """A table, a heatmap and a column for each image of a folder, at any depth and of any shape, the most
-    anomalous first. A single file is judged as it is among others."""
-    Path("photos/sub").mkdir(parents=True)
-    names = {"dent.png": "dent/000.png", "other.png": "dent/001.png", "sub/other.png": "good/001.png"}
-    for name, source in names.items():
-        shutil.copy(TEST / source, f"photos/{name}")
-    Image.open(TEST / "good/000.png").resize((150, 90)).save("photos/broad.JPG")
-    run(evaluate.main, "--predict", "photos")
-    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
-    paths, folder = [Path("photos", name) for name in (*names, "broad.JPG")], Path("runs/part/predictions")
-    check_results(folder, "photos", paths, anomaly_maps(paths), threshold)
+# ---- evaluate.py: pictures ----------------------------------------------------------------------
+def strip(width, *texts):
+    """24 rows of white with black texts (x, y, text) as Pillow draws them; "ma": x is the middle."""
+    image = Image.new("RGB", (width, 24), "white")
+    for x, y, text, *anchor in texts:
+        ImageDraw.Draw(image).text((x, y), text, "black", font_size=12, anchor=(*anchor, None)[0])
+    return np.array(image, dtype=float)
+
+
+def near(cell, picture):
+    """Is the picture (H, W, 3), made to fit into 160 × 160 pixels, what the cell begins with?"""
+    shown = ImageOps.contain(Image.fromarray(picture.astype(np.uint8)), (160, 160))
+    shown = np.array(shown, dtype=float)
+    return abs(cell[:shown.shape[0], :shown.shape[1]] - shown).mean() < 2
+
+
+def colours(level):
+    """(H, W, 3): from half a threshold to one and a half, from dark to glowing."""
+    stops = np.linspace(0.5, 1.5, 5)
+    return np.stack([np.interp(level, stops, c) for c in DARK_TO_GLOWING.T], axis=-1)
+
+
+def check_pictures(folder, names, paths, maps, threshold, shown, masks=()):
+    """scores.csv, the heatmaps of these names, and the columns `shown` of overview.png.
+
+    The table begins with the most anomalous. A heatmap is the image with its own map: clear below
+    0.9, opaque to 0.6 above 1.1 thresholds. Without a threshold (NaN) the largest value is at 1.5.
+    Rows of the overview: image, mask if there are masks, map, heatmap; below them the colours.
+    """
     table = rows(folder / "scores.csv")
-    assert {row["is_anomalous"] for row in table} == {"True", "False"}
-    for column, row in enumerate(table):
-        check_column(folder / "overview.png", column, row["path"])
-    shutil.rmtree("data")  # the checkpoint is enough
-    argv = "--category part --predict photos/other.png --device cpu"
-    assert evaluate.main(argv=argv.split()) == 0  # as one calls it in a notebook
-    row, = rows(folder / "scores.csv")
-    assert row in table and row["path"] == str(Path("photos/other.png"))
-    assert [path.name for path in (folder / "heatmaps").iterdir()] == ["other.png"]
+    assert list(table[0]) == ["path", "folder", "score", "is_anomalous"]
+    assert table == sorted(table, key=lambda row: -float(row["score"])) and len(table) == len(paths)
+    found = {row["path"]: row for row in table}
+    scale = maps.max() / 1.5 if math.isnan(threshold) else threshold
+    columns = {}
+    for name, path, anomaly_map, score in zip(names, paths, maps, image_scores(maps)):
+        row, heatmap = found[str(path)], pixels(folder / "heatmaps" / name)
+        assert row["folder"] == path.parent.name
+        assert float(row["score"]) == pytest.approx(score, rel=1e-3)
+        assert row["is_anomalous"] == ("" if math.isnan(threshold) else str(score > threshold))
+        size = heatmap.shape[1::-1]
+        image, level = pixels(path, size), enlarged(anomaly_map, size) / scale
+        opacity = np.interp(level, (0.9, 1.1), (0, 0.6))[..., None]
+        assert abs(heatmap - image * (1 - opacity) - colours(level) * opacity).mean() < 1
+        columns[path] = [image, colours(level), heatmap]
+    assert len(list(folder.rglob("heatmaps/**/*.png"))) == len(paths)
+    for path, mask in zip(shown, masks):
+        columns[path].insert(1, mask)
+    sheet, count = pixels(folder / "overview.png"), len(columns[shown[0]])
+    bottom = 24 + 164 * count
+    assert sheet.shape[:2] == (bottom + 48, 164 * max(3, len(shown)))
+    for x, path in enumerate(shown):
+        column = sheet[:, 164 * x:164 * (x + 1)]
+        title = f"{path.parent.name}/{path.name}"[-16:] + f" {float(found[str(path)]['score']):.2f}"
+        assert np.array_equal(column[:24], strip(164, (4, 4, title)))
+        assert all(near(column[24 + 164 * y:], picture) for y, picture in enumerate(columns[path]))
+    ramp, right = sheet[bottom:bottom + 24, 24:344], sheet[bottom:bottom + 24, 348:]
+    assert abs(ramp - colours(np.linspace(0.5, 1.5, 320))).max() < 2
+    text = "no threshold" if math.isnan(threshold) else "threshold in the middle"
+    assert np.array_equal(right, strip(right.shape[1], (0, 4, text)))
+    ticks = [(24 + 160 * n, 4, f"{(0.5 + n / 2) * scale:.3g}", "ma") for n in range(3)]
+    below = sheet[bottom + 24:]
+    assert (below[:5, [24, 184, 344]] == 0).all()
+    assert np.array_equal(below[6:], strip(sheet.shape[1], *ticks)[6:])
 
 
-# ---- both scripts, and what is written about them -----------------------------------------------
-def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch):
-    """train.py --demo and evaluate.py --demo; fewer and smaller images to save time."""
-    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=AssertionError))
-    for name in ("TRAIN", "GOOD", "PER_DEFECT"):
-        monkeypatch.setattr(make_toy, name, 1)
-    argv = ["--demo", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "runs"), "--device", "cpu"]
-    assert train.main([*argv, "--steps", "1", "--image-size", "64"]) == evaluate.main(argv) == 0
-    assert [row["category"] for row in rows(tmp_path / "runs/results.csv")] == ["felt", "flange", "mean"]
+def framed_place(cell, side):
+    """The place that the red frame in a cell of side × side places surrounds."""
+    red = (cell == (255, 0, 0)).all(axis=2)
+    assert red.any()
+    return [round((where.min() + 1) * side / 160) for where in np.nonzero(red)]
 
 
-@pytest.mark.parametrize("name", ["patchae.py", "train.py", "evaluate.py", "data/images.py"])
-def test_importing_has_no_effect(tmp_path, monkeypatch, capsys, name):
-    """Nothing printed or written, the random numbers and the number of threads as they were."""
-    monkeypatch.chdir(tmp_path)
-    state = random.getstate(), torch.get_num_threads(), torch.initial_seed()
-    runpy.run_path(str(ROOT / name), run_name="imported")
-    assert state == (random.getstate(), torch.get_num_threads(), torch.initial_seed())
-    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+def surroundings(picture, place):
+    """The 7 × 7 patches around a place, or as near to it as the border allows; its place in them."""
+    top, left = (min(max(i - 3, 0), 9) for i in place)
+    part = picture[4 * top:4 * top + 28, 4 * left:4 * left + 28]
+    return part, [place[0] - top, place[1] - left]
 
 
-def quoted_commands():
-    """Every `python ...` in a code block of the READMEs and of docs/, as the words after python."""
-    for path in (ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for part in re.split(r"&&|;|\n", block.replace("\\\n", " ")):
-                if command := re.match(r"\s*(?:\w+=\S* )*(?:\S*/)?python3? (.*)", part):
-                    yield shlex.split(command[1], comments=True)
+def check_nearest(folder, paths, maps, method, whole=True):
+    """nearest.png: for each image the worst patch, its drawing, the normal patch, each framed.
+
+    The distance between the two patches that are framed is the one that the title names, and the
+    smallest there is, if the memory is whole.
+    """
+    normal = {path.name: path for path in sorted(GOOD.iterdir())}
+    memory = vectors(normal.values(), method)
+    sheet = pixels(folder / "nearest.png")
+    titles = ["image", "worst patch", "drawn from R", "nearest normal", "in its image"]
+    titles = [title for title in titles if method != "raw" or title != "drawn from R"]
+    assert sheet.shape == (212 * len(paths), 164 * len(titles), 3)
+    for n, (path, anomaly_map) in enumerate(zip(paths, maps)):
+        row = sheet[212 * n:212 * (n + 1)]
+        cells = [row[48:208, 164 * x:164 * x + 160] for x in range(len(titles))]
+        for x, title in enumerate(titles):
+            assert np.array_equal(row[24:48, 164 * x:164 * x + 160], strip(160, (4, 0, title)))
+        worst, place = framed_place(cells[0], 16), framed_place(cells[-1], 16)
+        query = vectors([path], method)[0][tuple(worst)]
+        choices = {name: np.linalg.norm(query - memory[m][tuple(place)])
+                   for m, name in enumerate(normal)}
+        name, = [name for name, distance in choices.items() if np.array_equal(row[:24], strip(
+            row.shape[1], (4, 4, f"{path.parent.name}/{path.name}: worst patch at distance "
+                                 f"{distance:.2f} from normal {name}")))]
+        image, chosen = pixels(path, (64, 64)), pixels(normal[name])
+        if whole:
+            assert anomaly_map[tuple(worst)] == pytest.approx(anomaly_map.max(), rel=1e-3)
+            assert choices[name] == pytest.approx(anomaly_map.max(), rel=1e-3)
+        assert choices[name] > anomaly_map[tuple(worst)] * 0.999
+        expected = [(image, worst), surroundings(image, worst),
+                    surroundings(drawn([path])[0], worst), surroundings(chosen, place),
+                    (chosen, place)]
+        for cell, (picture, spot) in zip(cells, expected if method != "raw" else
+                                         expected[:2] + expected[3:]):
+            assert framed_place(cell, len(picture) // 4) == list(spot)
+            large = Image.fromarray(picture.astype(np.uint8)).resize((160, 160))
+            assert np.median(abs(cell - np.array(large))) < 2
 
 
-def test_quoted_commands_are_understood(monkeypatch):
-    """The demo, one's own images, the tests and the toy set are among them. The scripts know the options;
-    of pytest the files are there; of other scripts --help works."""
-    commands = list(quoted_commands())
-    for wanted in ("train.py --demo", "evaluate.py --demo", "--predict", "-m pytest", "make_toy.py"):
-        assert any(wanted in " ".join(words) for words in commands)
-    for words in commands:
-        if words[0] in ("train.py", "evaluate.py"):
-            {"train.py": train, "evaluate.py": evaluate}[words[0]].parse(words[1:])
-        elif words[0] == "-m":
-            assert words[1] in ("venv", "pip", "pytest")
-            assert all((ROOT / w.split("::")[0]).exists() for w in words[2:] if w.startswith("tests/"))
-        else:
-            monkeypatch.setattr(sys, "argv", [words[0], "--help"])
-            with pytest.raises(SystemExit, match="0"):
-                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+@pytest.mark.parametrize("method", ["trained", "raw", "reconstruction"])
+def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
+    """Scores, metrics, tables, pictures and all that is printed; read four at a time, 3 s each time.
 
-
-def test_the_python_of_the_readme_runs(workspace):
-    """Its first python block, on the tests' data, writes a heatmap."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
-    before = set(Path(".").rglob("*.png"))
-    exec(code.replace("runs/flange", "runs/part").replace("data/toy/flange", "data/part"), {})
-    written = set(Path(".").rglob("*.png")) - before
-    assert written and all(pixels(path).std() > 1 for path in written)
+    Among the good images are a copy of a defective one, which is a false alarm, and of a normal one.
+    """
+    shutil.copy(TEST / "dent/000.png", TEST / "good/002.png")
+    shutil.copy(GOOD / "003.png", TEST / "good/003.png")
+    paths = sorted(TEST.rglob("*.png"))
+    bad = np.array([path.parent.name == "dent" for path in paths])
+    masks = [pixels(MASKS / f"{path.stem}_mask.png") * (path.parent.name == "dent")
+             if (MASKS / f"{path.stem}_mask.png").exists() else np.zeros((64, 64, 3))
+             for path in paths]
+    monkeypatch.setattr(evaluate, "PART", 4)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=itertools.count(0, 3).__next__))
+    parts, states = watch(monkeypatch, evaluate, "read_readable"), random_states()
+    run(evaluate.main, "--method", method)
+    assert random_states() == states
+    assert [len(part) for (part, *_), _ in parts] == [4, 2]
+    out, err = capsys.readouterr()
+    maps, folder = anomaly_maps(paths, method), Path("runs/part", method)
+    scores, large = image_scores(maps), np.stack([enlarged(one, (64, 64)) for one in maps])
+    truth = np.stack(masks)[..., 0] > 0
+    threshold = np.quantile(checkpoint()["normal_scores"], 0.99) if method == "trained" else math.nan
+    result, = rows(folder / "result.csv")
+    assert rows("runs/results.csv") == [result]
+    metrics = [float(result[name]) for name in ("image_auroc", "pixel_auroc", "aupro")]
+    assert metrics == pytest.approx([roc_auc_score(bad, scores), roc_auc_score(
+        truth.ravel(), large.ravel()), aupro_by_hand(truth, large)], abs=1e-3) and metrics[0] < 1
+    assert float(result["threshold"]) == pytest.approx(threshold, nan_ok=True)
+    assert list(result.values()) == ["part", "test", method, *map(str, metrics), "1.0",
+                                     result["threshold"], "0", "resnet18", "random"]
+    *lines, _, header, row = out.splitlines()
+    alarms = scores > threshold
+    assert lines[-2:] == [
+        "part: 1 images of test/ are identical to normal training images",
+        f"part test: above the threshold {alarms[~bad].sum()} of 4 good and {alarms[bad].sum()} of 2 "
+        "defective images"] if method == "trained" else lines[1:] == [
+        "part: 1 images of test/ are identical to normal training images"]
+    assert row.split() == ["part", "test", method, *(f"{m:.1%}" for m in metrics), "1.000"]
+    assert err == ""
+    shown = [2, 3, 0, 1]
+    check_pictures(folder, [path.relative_to(TEST) for path in paths], paths, maps, threshold,
+                   [paths[n] for n in shown], [masks[n] for n in shown])
+    ranked = sorted(range(6), key=lambda n: (not bad[n], -scores[n]))
+    explained = [n for n in ranked if bad[n] or alarms[n]]
+    if method == "reconstruction":
+        assert not (folder / "nearest.png").exists()
+    else:
+        check_nearest(folder, [paths[n] for n in explained], maps[explained], method)
