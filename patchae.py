@@ -398,6 +398,7 @@ class PatchAE(nn.Module):
         self.raw_backbone = self.backbone                # as it was before training
         if config.finetune_backbone:
             self.raw_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+            self.raw_backbone.eval()  # the copy forgets that the original is in eval mode
         c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
         c3 = config.channels or c                                         # C₃
         self.encoder = Encoder(c, c3, config.start)
@@ -422,6 +423,7 @@ class PatchAE(nn.Module):
         """
         super().train(mode)
         self.backbone.eval()
+        self.raw_backbone.eval()
         return self
 
     def features(self, image, backbone=None):
@@ -545,7 +547,8 @@ class PatchAE(nn.Module):
         """A model from a file that save wrote. UserError if it is not one of this version."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            model = cls(Config(**content["config"]))
+            with seeded(0):  # the weights that it draws are replaced
+                model = cls(Config(**content["config"]))
             model.load_state_dict(content["model"])
             model.images = content["images"].byte()
             model.names = [str(name) for name in content["names"]]
