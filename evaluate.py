@@ -152,7 +152,7 @@ def aupro(truths, maps):
         return math.nan
     weights = torch.stack([region_weights(truth) for truth in truths])    # (N, h, w)
     false, overlap, _ = roc_curve(truths.flatten(), maps.flatten(), sample_weight=weights.flatten())
-    inside = false < MOST_FALSE
+    inside = false <= MOST_FALSE
     at_end = np.interp(MOST_FALSE, false, overlap)
     return auc([*false[inside], MOST_FALSE], [*overlap[inside], at_end]) / MOST_FALSE
 

@@ -93,8 +93,9 @@ def anomaly_maps(paths, method="trained"):
     found = vectors([*paths, *normal], method)
     if paths:
         return distances(found[:len(paths)], found[len(paths):])
-    return np.concatenate([distances(found[[n]], np.delete(found, n, axis=0))
-                           for n in range(len(found))])
+    images = np.stack([pixels(path) for path in normal])
+    others = [(images != image).any(axis=(1, 2, 3)) for image in images]  # no copies of it, either
+    return np.concatenate([distances(found[[n]], found[others[n]]) for n in range(len(found))])
 
 
 def image_scores(maps):
@@ -227,7 +228,8 @@ def test_an_option_changes_what_its_help_names_and_nothing_else(workspace, plain
 
 def evaluate_and_look(*argv):
     """Run evaluate.py; what a run gives, place by place, each a tensor."""
-    shutil.rmtree("runs/part/trained", ignore_errors=True)
+    for path in Path("runs/part").glob("*/result.csv"):
+        shutil.rmtree(path.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         looked = watch(patch, PatchAE, "features")
@@ -247,7 +249,7 @@ def evaluate_and_look(*argv):
 
 PICTURES = {"heatmaps", "overview"}
 EVALUATE_OPTIONS = {
-    "--quantile 0.01": {"threshold", "verdicts", *PICTURES},
+    "--quantile 0.01": {"threshold", "overview"},  # its legend; no score lies in between
     "--batch-size 2": {"at once"},
     "--device auto": set(),
     "--test test_b": {"folder", "scores", "verdicts", "pixel_auroc", "aupro", *PICTURES},
@@ -273,7 +275,6 @@ def test_an_option_of_evaluate_changes_what_its_help_names(evaluated, monkeypatc
     """From the scores to the pictures, and nothing else."""
     monkeypatch.chdir(evaluated[0])
     seen = evaluate_and_look(*option.split())
-    shutil.rmtree("runs/part", ignore_errors=True)
     assert differing(seen, evaluated[1]) == EVALUATE_OPTIONS[option]
 
 
@@ -511,7 +512,7 @@ def test_what_cannot_be_measured_is_said(workspace, capsys):
     assert look()[0] == [pytest.approx(m) for m in without_one] != with_all
     Path("kept_image.png").rename(TEST / "dent/001.png")
     ImageOps.invert(Image.open(mask)).save(MASKS / "001.png")
-    assert f"{TEST / 'dent/001.png'}: more than half of the image is a defect; is it inverted?" in (
+    assert f"{MASKS / '001.png'}: more than half of the image is a defect; is it inverted?" in (
         look()[1])
     shutil.rmtree(MASKS)
     metrics, lines = look()
@@ -590,7 +591,8 @@ def check_pictures(folder, names, paths, maps, threshold, shown, masks=()):
     for name, path, anomaly_map, score in zip(names, paths, maps, image_scores(maps)):
         row, heatmap = found[str(path)], pixels(folder / "heatmaps" / name)
         assert row["folder"] == path.parent.name
-        assert float(row["score"]) == pytest.approx(score, rel=1e-3)
+        rounding = 5e-3 if score < 1e-3 else 0  # cdist, of a vector to itself
+        assert float(row["score"]) == pytest.approx(score, rel=1e-3, abs=rounding)
         assert row["is_anomalous"] == ("" if math.isnan(threshold) else str(score > threshold))
         size = heatmap.shape[1::-1]
         image, level = pixels(path, size), enlarged(anomaly_map, size) / scale
