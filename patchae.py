@@ -174,8 +174,8 @@ def average_neighbours(features, neighbourhood):
     Our choice: after the average a patch that moved a little still matches. Inside the image
     n = k², and this is the mean. At the border a plain mean has fewer values, so it varies more,
     and normal images would score highest there. The sum of n independent values has a standard
-    deviation that grows with √n. So after the division by k √n all places vary alike. The price: the vectors
-    at the border become shorter, by the factor √n / k.
+    deviation that grows with √n. So after the division by k √n all places vary alike. The price:
+    the vectors at the border become shorter, by the factor √n / k.
     """
     k = neighbourhood
     ones = torch.ones_like(features[:1, :1])                              # (1, 1, h, w)

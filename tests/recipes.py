@@ -7,9 +7,9 @@
 `results` scores ROOT's own test sets, `demo` the toy set. `ablations` never opens a test set: of
 the first --most images of train/good it holds out a fifth, draws faint defects on it with the code
 of data/make_toy.py, which training does not use, and scores those. Everything goes to --out, one
-folder for each recipe and seed; what is there already is not run again. Prints a Markdown table: image
-AUROC / pixel AUROC / AUPRO in per cent, mean over the seeds, with the standard deviation of the
-three if it is 0.05 or more; after a comma the missing share.
+folder for each recipe and seed; what is there already is not run again. Prints a Markdown table:
+image AUROC / pixel AUROC / AUPRO in per cent, mean over the seeds, with the standard deviation of
+the three if it is 0.05 or more; after a comma the missing share.
 """
 import argparse
 import contextlib

@@ -74,7 +74,8 @@ def test_training_loss_by_another_route(defect_weight):
 
 
 def test_E4_distance_by_hand():
-    """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0)}, of which one is kept.
+    """Memory of three images: {(0, 0), (0, 10)}, {(9, 9), (8, 9)} and {(3, 0)}, of which one is
+    kept.
 
     From (3, 4) it is min(5, √45, √61, √50, 4) = 4, in the last image; from (0, 1) it is 1, in the
     first; from (9, 11) it is 2, in the middle one. R is of two images with two patches each.
@@ -171,7 +172,8 @@ def levels(values, low, high):
 
 
 def test_defects_blend_by_hand(monkeypatch):
-    """I ← (1 − α) I + α paint, one defect after the other: with I = 0, paint 1 and α = ½ 0.5, 0.75, …
+    """I ← (1 − α) I + α paint, one defect after the other: with I = 0, paint 1 and α = ½ 0.5,
+    0.75, …
 
     Paint of the other image, here 1. The mask is True where α > 0, here in two columns of each box,
     in one of them hardly. The given images stay as they were.
@@ -247,8 +249,9 @@ def test_blob_by_hand():
 
 
 def test_paste_is_a_flipped_and_recoloured_part_from_anywhere():
-    """Red rises to the right, green downwards: in a paste one of them falls, and their ends say where
-    it comes from, whatever the gain: of the columns 1 + x, for instance, 3g to 20g is 3 to 20.
+    """Red rises to the right, green downwards: in a paste one of them falls, and their ends say
+    where it comes from, whatever the gain: of the columns 1 + x, for instance, 3g to 20g is 3 to
+    20.
 
     Each colour has its own gain of 0.6 to 1.4. What becomes brighter than white is white.
     """
@@ -288,7 +291,8 @@ def test_scratches_are_thin_soft_bent_and_of_one_colour():
             seen = np.flatnonzero(alpha[0].amax(dim=axis - 1))
             assert seen[-1] - seen[0] == len(seen) - 1
         places = alpha[0].nonzero().float()
-        spreads.append(torch.linalg.svdvals(places - places.mean(dim=0))[1].item() / len(places)**.5)
+        across = torch.linalg.svdvals(places - places.mean(dim=0))[1].item()
+        spreads.append(across / len(places)**0.5)
         areas.append((alpha > 0).float().mean().item())
         colours.append(colour.flatten().tolist())
     assert 100 < len(opacities) < 200 and levels(opacities, 0.3, 1).min() > 4

@@ -104,8 +104,9 @@ def test_backbone_is_torchvisions_with_mirrored_borders():
 
 @torch.no_grad()
 def test_features_are_the_tempered_maps_of_the_normalised_image():
-    """Without averaging Φ of two stages on the grid of the first, by numpy: the map of stage 1, each
-    vector divided by the root of its length; then that of stage 2, twice as large, interpolated."""
+    """Without averaging Φ of two stages on the grid of the first, by numpy: the map of stage 1,
+    each vector divided by the root of its length; then that of stage 2, twice as large,
+    interpolated."""
     model, image = make_model(layers=(1, 2), neighbourhood=1), torch.rand(2, 3, 64, 64)
     normalised = (image - torch.tensor(MEAN)) / torch.tensor(STD)
     maps = [m.numpy() for m in model.backbone(normalised.float()).values()]
@@ -207,8 +208,9 @@ def test_a_default_run_needs_nothing_that_a_gpu_lacks(finetune):
 
 
 def test_the_search_holds_the_distances_to_one_normal_image():
-    """B · P · P of them, however many normal images there are; with the same few operations for each,
-    however many patches; by matrix products, which are many times faster than exact differences."""
+    """B · P · P of them, however many normal images there are; with the same few operations for
+    each, however many patches; by matrix products, which are many times faster than exact
+    differences."""
     def record(side, number):
         r, memory = torch.rand(2, 4, side, side), torch.rand(number, side**2, 4)
         with Recorder() as recorder:
@@ -249,8 +251,8 @@ def test_a_3x3_decoder_breaks_it():
 
 @torch.no_grad()
 def test_start():
-    """As the identity R is exactly Φ, so that both are compared on equal terms; at random it may have
-    any number of channels, and is not Φ. The decoder begins with grey, in as many pixels."""
+    """As the identity R is exactly Φ, so that both are compared on equal terms; at random it may
+    have any number of channels, and is not Φ. The decoder begins with grey, in as many pixels."""
     image = torch.rand(2, 3, 64, 64)
     for options, channels in (({}, 64), ({"channels": 64}, 64), ({"start": "random"}, 64),
                               ({"start": "random", "channels": 10}, 10)):
@@ -302,7 +304,8 @@ def test_three_steps_by_hand(monkeypatch, capsys, finetune):
         moved = (expected - before[name]).float().norm()
         assert (found - expected).float().norm() <= 0.01 * moved, name
         part = name.partition(".")[0]
-        assert (moved > 0) == (trainable and part in ("encoder", "decoder", finetune and "backbone"))
+        moves = part in ("encoder", "decoder", finetune and "backbone")
+        assert (moved > 0) == (trainable and moves)
     train.fit(model, draw_images(2, 3))
     assert capsys.readouterr().out == ""
 
@@ -338,7 +341,8 @@ def test_training_learns_to_rebuild_defects(learned):
 
 @pytest.mark.parametrize("method", ["features", "raw"])
 def test_training_mode_leaves_the_backbones_as_they_are(model, method):
-    """With the statistics of a batch Φ of an image would depend on the others and on its defects."""
+    """With the statistics of a batch Φ of an image would depend on the others and on its
+    defects."""
     image, state = torch.rand(2, 3, 64, 64), copy.deepcopy(model.state_dict())
     compute = {"features": model.features, "raw": lambda image: model.vectors(image, "raw")}[method]
     before = compute(image)
@@ -407,7 +411,8 @@ def as_rows(vectors):
 
 
 def distances(queries, normal):
-    """(B, 16, 16): the distance of each of (B, P, C₃) to the nearest of (P', C₃), by scikit-learn."""
+    """(B, 16, 16): the distance of each of (B, P, C₃) to the nearest of (P', C₃), by
+    scikit-learn."""
     search = NearestNeighbors(n_neighbors=1).fit(normal)
     found, _ = search.kneighbors(queries.reshape(-1, queries.shape[-1]))
     return found.reshape(-1, 16, 16)
@@ -529,10 +534,10 @@ def test_images_pass_the_backbone_once_in_parts_of_the_batch_size(model, learned
 
 
 def test_the_border_of_normal_images_is_as_normal_as_their_inside():
-    """Scored against each other, 12 random textures are as far apart in the outermost ring of patches
-    and in the corners as inside. With a plain mean over the neighbours that exist the corners are
-    1.3 times as far, with the sum divided by k² everywhere 0.75 times. A dark spot there is still
-    the worst place."""
+    """Scored against each other, 12 random textures are as far apart in the outermost ring of
+    patches and in the corners as inside. With a plain mean over the neighbours that exist the
+    corners are 1.3 times as far, with the sum divided by k² everywhere 0.75 times. A dark spot
+    there is still the worst place."""
     model = make_model(layers=(1, 2))
     images, spotted = draw_images(12, 16), draw_images(4, 16, seed=1)
     model.remember(images)
@@ -555,7 +560,8 @@ def test_the_border_of_normal_images_is_as_normal_as_their_inside():
 
 # ---- options and files --------------------------------------------------------------------------
 @pytest.mark.parametrize("field, good, bad", [
-    ("backbone", patchae.BACKBONES, ("resnet19", "")), ("layers", ((1,), (1, 2, 3, 4)), ((), (0, 1), (5,))),
+    ("backbone", patchae.BACKBONES, ("resnet19", "")),
+    ("layers", ((1,), (1, 2, 3, 4)), ((), (0, 1), (5,))),
     ("image_size", (64, 2048), (32, 100, 2080)), ("patch_size", (4, 32), (2, 6, 20, 36, 0)),
     ("neighbourhood", (1, 3, 5, 7, 9), (0, 2, 11)), ("channels", (None, 1, 8192), (0, 8193)),
     ("start", ("identity", "random"), ("zero",)), ("defect_weight", (0, 1), (-0.1, 1.1, math.nan)),
@@ -570,7 +576,8 @@ def test_options_out_of_range_are_named(field, good, bad):
     for value in bad:
         with pytest.raises(UserError) as error:
             patchae.PatchAE(patchae.Config(**{"patch_size": 8, field: value}))
-        assert all(f"{word}" in str(error.value) for word in (f"{field} = {value} ", option, "must"))
+        words = (f"{field} = {value} ", option, "must")
+        assert all(word in str(error.value) for word in words)
 
 
 def test_a_saved_model_scores_as_before(model, learned, tmp_path):
@@ -614,7 +621,8 @@ def test_load_refuses_what_save_did_not_write(model, tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_old_file(model, tmp_path, monkeypatch):
-    """A disk that is full after half of the file; a name that cannot be stored. No other file stays."""
+    """A disk that is full after half of the file; a name that cannot be stored. No other file
+    stays."""
     path = tmp_path / "part.pt"
     model.save(path)
     old, write = path.read_bytes(), Path.write_bytes

@@ -4,6 +4,7 @@ The oracles take vectors from the model; all else is NumPy, scikit-learn, Pillow
 """
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import re
@@ -326,7 +327,8 @@ def test_the_demo_has_settings_of_its_own_and_options_win():
 
 # ---- train.py -----------------------------------------------------------------------------------
 def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, monkeypatch):
-    """Equal in every byte that is no time, from another state of each generator, which it leaves."""
+    """Equal in every byte that is no time, from another state of each generator, which it
+    leaves."""
     normal, before = sorted(GOOD.iterdir()), checkpoint()
     picture, log = Path("runs/part/defects.png").read_bytes(), rows("runs/part/train.csv")
     seed_all(7)
@@ -348,7 +350,8 @@ def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, 
 
 
 def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys):
-    """A loss is the mean since the last row; here a row takes 60 s: after 2 of 13 steps 330 s are left.
+    """A loss is the mean since the last row; here a row takes 60 s: after 2 of 13 steps 330 s are
+    left.
 
     defects.png shows normal images, their defects, the masks, what the decoder draws; what is
     missing follows from its pixels. A copy is named. Nothing goes to a pipe but that.
@@ -399,7 +402,8 @@ def test_a_loss_that_is_no_number_stops_the_training(workspace):
 
 
 def test_a_training_replaces_all_that_was_there_before(workspace, capsys):
-    """Also the evaluations, whose numbers are those of another model; but nothing that is no result."""
+    """Also the evaluations, whose numbers are those of another model; but nothing that is no
+    result."""
     run(evaluate.main, "--method", "raw", "trained")
     run(evaluate.main, "--predict", TEST)
     run(train.main, "--steps", 1)
@@ -455,8 +459,9 @@ def test_the_threshold_is_a_quantile_of_leave_one_out_scores(workspace, capsys, 
     assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
     capsys.readouterr()
     run(evaluate.main, "--quantile", 0.7)
-    found = re.search(r"part: threshold (.*), the 0.7 quantile of the scores of (.*) normal images; "
-                      r"if they are independent, expect (.*)% false alarms\n", capsys.readouterr().out)
+    line = (r"part: threshold (.*), the 0.7 quantile of the scores of (.*) normal images; "
+            r"if they are independent, expect (.*)% false alarms\n")
+    found = re.search(line, capsys.readouterr().out)
     threshold, number, rate = map(float, found.groups())
     assert threshold == pytest.approx(np.quantile(expected, 0.7), abs=1e-4)
     uniform = np.quantile(np.random.rand(10**4, len(expected)), 0.7, axis=1)
@@ -529,7 +534,8 @@ def test_what_cannot_be_measured_is_said(workspace, capsys):
 
 
 def test_results_of_all_categories_by_hand(tmp_path, capsys):
-    """results.csv keeps every row, as it is; what was asked for is printed in per cent, with its mean."""
+    """results.csv keeps every row, as it is; what was asked for is printed in per cent, with its
+    mean."""
     header = ("category,test_set,method,image_auroc,pixel_auroc,aupro,seconds_per_image,threshold,"
               "seed,backbone,weights")
     table = ["a,test,raw,0.5,0.9,nan,1.0,nan,0,resnet18,random",
@@ -555,7 +561,8 @@ def test_results_of_all_categories_by_hand(tmp_path, capsys):
 
 # ---- evaluate.py: pictures ----------------------------------------------------------------------
 def strip(width, *texts):
-    """24 rows of white with black texts (x, y, text) as Pillow draws them; "ma": x is the middle."""
+    """24 rows of white with black texts (x, y, text) as Pillow draws them; "ma": x is the
+    middle."""
     image = Image.new("RGB", (width, 24), "white")
     for x, y, text, *anchor in texts:
         ImageDraw.Draw(image).text((x, y), text, "black", font_size=12, anchor=(*anchor, None)[0])
@@ -592,7 +599,7 @@ def check_pictures(folder, names, paths, maps, threshold, shown, masks=()):
         row, heatmap = found[str(path)], pixels(folder / "heatmaps" / name)
         assert row["folder"] == path.parent.name
         rounding = 5e-3 if score < 1e-3 else 0  # cdist, of a vector to itself
-        assert float(row["score"]) == pytest.approx(score, rel=1e-3, abs=rounding)
+        assert float(row["score"]) == pytest.approx(score, rel=5e-3, abs=rounding)
         assert row["is_anomalous"] == ("" if math.isnan(threshold) else str(score > threshold))
         size = heatmap.shape[1::-1]
         image, level = pixels(path, size), enlarged(anomaly_map, size) / scale
@@ -628,7 +635,8 @@ def framed_place(cell, side):
 
 
 def surroundings(picture, place):
-    """The 7 × 7 patches around a place, or as near to it as the border allows; its place in them."""
+    """The 7 × 7 patches around a place, or as near to it as the border allows; its place in
+    them."""
     top, left = (min(max(i - 3, 0), 9) for i in place)
     part = picture[4 * top:4 * top + 28, 4 * left:4 * left + 28]
     return part, [place[0] - top, place[1] - left]
@@ -675,9 +683,11 @@ def check_nearest(folder, paths, maps, method, whole=True):
 
 @pytest.mark.parametrize("method", ["trained", "raw", "reconstruction"])
 def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
-    """Scores, metrics, tables, pictures and all that is printed; read four at a time, 3 s each time.
+    """Scores, metrics, tables, pictures and all that is printed; read four at a time, 3 s each
+    time.
 
-    Among the good images are a copy of a defective one, which is a false alarm, and of a normal one.
+    Among the good images are a copy of a defective one, which is a false alarm, and of a normal
+    one.
     """
     shutil.copy(TEST / "dent/000.png", TEST / "good/002.png")
     shutil.copy(GOOD / "003.png", TEST / "good/003.png")
@@ -696,7 +706,9 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     maps, folder = anomaly_maps(paths, method), Path("runs/part", method)
     scores, large = image_scores(maps), np.stack([enlarged(one, (64, 64)) for one in maps])
     truth = np.stack(masks)[..., 0] > 0
-    threshold = np.quantile(checkpoint()["normal_scores"], 0.99) if method == "trained" else math.nan
+    threshold = math.nan
+    if method == "trained":
+        threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
     result, = rows(folder / "result.csv")
     assert rows("runs/results.csv") == [result]
     metrics = [float(result[name]) for name in ("image_auroc", "pixel_auroc", "aupro")]
@@ -709,8 +721,8 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     alarms = scores > threshold
     assert lines[-2:] == [
         "part: 1 images of test/ are identical to normal training images",
-        f"part test: above the threshold {alarms[~bad].sum()} of 4 good and {alarms[bad].sum()} of 2 "
-        "defective images"] if method == "trained" else lines[1:] == [
+        f"part test: above the threshold {alarms[~bad].sum()} of 4 good and {alarms[bad].sum()} "
+        "of 2 defective images"] if method == "trained" else lines[1:] == [
         "part: 1 images of test/ are identical to normal training images"]
     assert row.split() == ["part", "test", method, *(f"{m:.1%}" for m in metrics), "1.000"]
     assert err == ""
@@ -723,3 +735,173 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
         assert not (folder / "nearest.png").exists()
     else:
         check_nearest(folder, [paths[n] for n in explained], maps[explained], method)
+
+
+@pytest.mark.parametrize("fraction", [1, 0.1])
+def test_predictions(workspace, capsys, fraction):
+    """Folders and files together, of any shape and depth: tables, pictures, what is printed.
+
+    A second prediction has a folder of its own. One image is judged as it is among others.
+    """
+    Path("photos/sub").mkdir(parents=True)
+    names = {"dent.png": "dent/000.png", "other.png": "dent/001.png",
+             "sub/other.png": "good/001.png"}
+    for name, source in names.items():
+        shutil.copy(TEST / source, f"photos/{name}")
+    Image.open(TEST / "good/000.png").resize((2100, 900)).save("photos/broad.JPG")
+    if fraction < 1:
+        run(train.main, "--skip-finished", "--memory-fraction", fraction)
+    shutil.move("data/part/train", "train_images")  # the checkpoint is enough
+    capsys.readouterr()
+    assert evaluate.main("--category part --predict photos --device cpu".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shutil.move("train_images", "data/part/train")
+    paths = [Path("photos", name) for name in (*names, "broad.JPG")]
+    folder = Path("runs/part/predictions/photos")
+    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
+    table = rows(folder / "scores.csv")
+    shown = [Path(row["path"]) for row in table]
+    if fraction == 1:
+        maps = anomaly_maps(paths)
+        check_pictures(folder, [*names, "broad.JPG.png"], paths, maps, threshold, shown)
+        assert pixels(folder / "heatmaps/broad.JPG.png").shape == (439, 1024, 3)
+        check_nearest(folder, shown, [maps[paths.index(path)] for path in shown], "trained")
+    else:
+        check_nearest(folder, shown, [pixels(path)[::4, ::4, 0] * 0 for path in shown], "trained",
+                      whole=False)
+    words = {"True": "anomalous", "False": "normal"}
+    assert [line.split() for line in lines[-5:-1]] == [
+        [f"{float(row['score']):.4f}", words[row["is_anomalous"]], row["path"]] for row in table]
+    count = [row["is_anomalous"] for row in table].count("True")
+    assert lines[-1] == f"part: 4 images, {count} anomalous; wrote {folder}"
+    run(evaluate.main, "--predict", "photos/other.png", "photos/sub")
+    again = rows("runs/part/predictions/other.png-and-1-more/scores.csv")
+    assert again == [row for row in table if "other" in row["path"]] and len(again) == 2
+    run(evaluate.main, "--predict", "photos", "--method", "raw")
+    assert rows(folder / "scores.csv") == table
+    raw = rows("runs/part/predictions/photos-raw/scores.csv")
+    assert {row["is_anomalous"] for row in raw} == {""}
+
+
+# ---- terminals, devices, importing, what is written about the scripts ---------------------------
+def test_progress_on_a_terminal_and_on_a_pipe(monkeypatch):
+    """Per cent and the seconds left, by a clock that says 2 s for each item; a pipe gets
+    nothing."""
+    clock = itertools.count(0, 2).__next__
+    monkeypatch.setattr(images, "time", SimpleNamespace(monotonic=clock))
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(images.progress("part", range(4))) == [0, 1, 2, 3]
+        assert list(images.progress("part", [])) == []
+        seen = re.findall(r"\rpart: (\d+) %, (\d+) s left", stream.getvalue())
+        assert seen == [("25", "6"), ("50", "4"), ("75", "2"), ("100", "0")] * terminal
+        assert stream.getvalue().endswith("\n" * terminal)
+
+
+@pytest.mark.parametrize("there, asked, chosen", [
+    ((), "auto", "cpu"), (("cuda",), "auto", "cuda"), (("mps",), "auto", "cpu"),
+    (("mps", "cuda"), "mps", "mps"), (("cuda",), "cpu", "cpu"), (("mps",), "cuda", None),
+    (("cuda",), "mps", None)])
+def test_the_device(monkeypatch, capsys, there, asked, chosen):
+    """The one asked for, or an error; auto never takes an Apple GPU. It is printed; cuDNN is
+    exact."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    for name in ("allow_tf32", "deterministic"):  # whatever it was before
+        monkeypatch.setattr(torch.backends.cudnn, name, name == "allow_tf32")
+    if chosen is None:
+        with pytest.raises(patchae.UserError, match=f"--device {asked}: .*--device auto"):
+            patchae.choose_device(asked)
+        return
+    assert patchae.choose_device(asked) == torch.device(chosen)
+    assert capsys.readouterr().out.startswith(f"device: {chosen} (")
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
+
+
+def test_everything_is_computed_where_the_model_is(workspace, monkeypatch):
+    """Images go there in parts, as 8 bits; only maps come back. The device is called meta here."""
+    model = PatchAE.load(CHECKPOINT).to("meta")
+    assert model.device.type == "meta"
+    batches = [batch for batch in model.batches(model.images)]
+    assert [len(batch) for batch in batches] == [6] and batches[0].device.type == "meta"
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    built = []
+    monkeypatch.setattr(patchae, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(train, "fit", lambda model, *_: built.append(model.device.type))
+    monkeypatch.setattr(train.Log, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train.main)
+    monkeypatch.setattr(PatchAE, "build_memory", lambda self, *_: built.append(self.device.type))
+    monkeypatch.setattr(PatchAE, "anomaly_maps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(evaluate.main)
+    assert built == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("name", ["patchae.py", "train.py", "evaluate.py", "data/images.py",
+                                  "data/files.py", "data/make_toy.py"])
+def test_importing_has_no_effect(tmp_path, monkeypatch, capsys, name):
+    """Nothing printed or written; the random numbers and the number of threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    before = random_states(), torch.get_num_threads()
+    runpy.run_path(str(ROOT / name), run_name="imported")
+    assert before == (random_states(), torch.get_num_threads())
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch, capsys):
+    """Both scripts with --demo; fewer and smaller images to save time."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=AssertionError))
+    for name in ("TRAIN", "GOOD", "PER_DEFECT"):
+        monkeypatch.setattr(make_toy, name, 1)
+    argv = ["--demo", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "runs"), "--device",
+            "cpu"]
+    assert train.main([*argv, "--steps", "1", "--image-size", "64"]) == evaluate.main(argv) == 0
+    found = [(row["category"], row["test_set"], row["method"])
+             for row in rows(tmp_path / "runs/results.csv")]
+    assert sorted(found) == sorted(itertools.product(
+        ["felt", "flange"], ["test", "test_faint"], ["raw", "trained"]))
+    assert capsys.readouterr().out.count("mean") == 4
+
+
+def quoted_commands():
+    """Every `python ...` in a code block of the READMEs and of docs/, as the words after python."""
+    for path in (ROOT / "README.md", ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for part in re.split(r"&&|;|\n", block.replace("\\\n", " ")):
+                if command := re.match(r"\s*(?:\w+=\S* )*(?:\S*[\\/])?(?:python3?|py) (.*)", part):
+                    yield shlex.split(command[1], comments=True)
+
+
+def test_quoted_commands_are_understood(monkeypatch):
+    """The demo, one's own images, the tests and the toy set are among them. The scripts know the
+    options; of pytest the files are there; of other scripts --help works."""
+    commands = list(quoted_commands())
+    for wanted in ("train.py --demo", "evaluate.py --demo", "--predict", "-m pytest", "make_toy"):
+        assert any(wanted in " ".join(words) for words in commands)
+    for words in commands:
+        if words[0] in ("train.py", "evaluate.py"):
+            {"train.py": train, "evaluate.py": evaluate}[words[0]].parse(words[1:])
+        elif words[0] == "-m":
+            assert words[1] in ("venv", "pip", "pytest")
+            files = [word.split("::")[0] for word in words[2:] if word.startswith("tests/")]
+            assert all((ROOT / file).exists() for file in files)
+        elif words[0] != "tests/peers.py":  # needs packages of its own
+            monkeypatch.setattr(sys, "argv", [words[0], "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """The lines as they stand there, on a smaller toy set and with fewer steps: each of the images
+    that are asked for is anomalous or not, and the file is written."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    draw_dataset(Path("data/toy"), "flange", bad=3)
+    monkeypatch.setattr(patchae, "DEMO", dataclasses.replace(DEMO, steps=4, image_size=64))
+    exec(code, {})
+    assert Path("flange.pt").exists()
+    assert re.fullmatch(r"tensor\(\[(True|False|, | )+\]\)\n", capsys.readouterr().out)

@@ -1,0 +1,208 @@
+"""PatchCore and PaDiM of anomalib on the same images with the same weights. By hand, not by pytest.
+
+    python -m venv ENV
+    ENV/bin/pip install torch torchvision anomalib==2.7.0 scikit-learn
+    OMP_NUM_THREADS=1 ENV/bin/python tests/peers.py --data ROOT --category NAME ... [--weights FILE]
+    ENV/bin/python tests/peers.py --time 10 50
+
+Needs an environment of its own, because anomalib brings many packages. Embedding, image score,
+anomaly map and smoothing are anomalib's; images, weights and metrics are ours. Each image is
+resized whole and normalised with ImageNet's mean and deviation, as anomalib does. PatchCore keeps
+all vectors of all normal images: no coreset. Its own search holds the distances to all of them at
+once, which does not fit. So the search here takes the vectors in blocks; that it finds the same is
+checked before each run, and so are the weights: features must equal torchvision's.
+
+Prints a Markdown table: image AUROC / pixel AUROC / AUPRO in per cent, by the code of evaluate.py
+at the network's size; after a comma the seconds for each image, from the image to its map. --time
+prints how long PatchCore's search, the same in blocks, and ours take for one image on one thread,
+each with the same vectors.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from anomalib.models.image.padim.torch_model import PadimModel
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.v2.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate  # noqa: E402
+import patchae  # noqa: E402
+from data.files import run  # noqa: E402
+from data.images import choose_categories, list_images, list_test, read_images  # noqa: E402
+
+BACKBONE = "resnet18"
+BLOCK = 1024              # vectors of the memory that the search takes at once, as ours does
+SEED = 0                  # PaDiM draws the channels that it keeps
+MOST_DIFFERENCE = 1e-4    # of features, in parts of the largest: what rounding may do
+CHECK_SIZE = 64           # pixels of the random image whose features are compared
+CHECKED = (40, 2 * BLOCK + 5, 16)  # queries, vectors, length; the last block is smaller than k
+GRID = 32                 # of --time: our default, patches in a row and in a column
+CHANNELS = 448            # of --time: our default with ResNet-18
+
+
+class PatchcoreInBlocks(PatchcoreModel):
+    """PatchCore with all its vectors; only BLOCK distances for each query are in memory at once."""
+
+    def __init__(self):
+        super().__init__(layers=["layer2", "layer3"], backbone=BACKBONE, pre_trained=False)
+
+    def fit(self):
+        """Keep every vector that was seen in training: no coreset."""
+        self.memory_bank = torch.cat(self.embedding_store)
+        self.embedding_store.clear()
+
+    def nearest_neighbors(self, embedding, n_neighbors):
+        """The same as PatchcoreModel.nearest_neighbors: k distances and k indices; (n,) if k = 1.
+
+        The k nearest of all are among the k nearest of each block.
+        """
+        distances, indices = [], []
+        for number, block in enumerate(self.memory_bank.split(BLOCK)):
+            found = self.euclidean_dist(embedding, block).topk(min(n_neighbors, len(block)),
+                                                               largest=False)
+            distances.append(found.values)
+            indices.append(found.indices + number * BLOCK)
+        best = torch.cat(distances, dim=1).topk(n_neighbors, largest=False)
+        indices = torch.cat(indices, dim=1).gather(1, best.indices)       # (n, k)
+        if n_neighbors == 1:
+            return best.values[:, 0], indices[:, 0]                       # (n,)
+        return best.values, indices                                       # (n, k)
+
+
+PEERS = {"PatchCore (anomalib 2.7), no coreset": PatchcoreInBlocks,
+         "PaDiM (anomalib 2.7)": lambda: PadimModel(BACKBONE, pre_trained=False)}
+
+
+def check_search():
+    """The search in blocks finds what PatchCore's own finds, for one neighbour and for nine."""
+    model = PatchcoreInBlocks()
+    with patchae.seeded(SEED):
+        count, vectors, length = CHECKED
+        queries, model.memory_bank = torch.rand(count, length), torch.rand(vectors, length)
+    for k in (1, model.num_neighbors):
+        own = PatchcoreModel.nearest_neighbors(model, queries, k)
+        torch.testing.assert_close(model.nearest_neighbors(queries, k), own)
+
+
+@torch.inference_mode()
+def check_features(model, weights):
+    """The peer's network gives the same features as torchvision's with the same weights."""
+    resnet = torchvision.models.get_model(BACKBONE, weights=None)
+    resnet = create_feature_extractor(resnet, list(model.layers)).eval()
+    patchae.load_weights(resnet, BACKBONE, weights)
+    with patchae.seeded(SEED):
+        image = torch.randn(1, 3, CHECK_SIZE, CHECK_SIZE)
+    theirs = model.feature_extractor(image)
+    for layer, expected in resnet(image).items():
+        difference = (theirs[layer] - expected).abs().max() / expected.abs().max()
+        assert difference < MOST_DIFFERENCE, f"{layer}: features differ by {difference:.1e}"
+
+
+def build(make, weights):
+    """A peer with the weights of torchvision's network, checked."""
+    with patchae.seeded(SEED):
+        model = make()
+    patchae.load_weights(model.feature_extractor.feature_extractor, BACKBONE, weights)
+    check_features(model.eval(), weights)
+    return model
+
+
+def batches(paths, size):
+    """Yield normalised images (1, 3, size, size), one at a time."""
+    for path in paths:
+        image = read_images([path], size) / 255
+        yield normalize(image, patchae.IMAGENET_MEAN, patchae.IMAGENET_STD)
+
+
+@torch.inference_mode()
+def measure(model, folder, size):
+    """Fit a peer on folder/train/good and score folder/test: the three metrics, and s/image."""
+    model.train()
+    for image in batches(list_images(folder / "train" / "good"), size):
+        model(image)
+    model.fit()
+    model.eval()
+    samples = list_test(folder)
+    scores, maps, seconds = [], [], []
+    for image in batches([path for path, _, _ in samples], size):
+        begin = time.perf_counter()
+        found = model(image)
+        seconds.append(time.perf_counter() - begin)
+        scores.append(found.pred_score.item())
+        maps.append(found.anomaly_map[:, 0])                              # (1, size, size)
+    defective = np.array([kind != "good" for _, kind, _ in samples])
+    by_pixel, by_region = evaluate.pixel_metrics(samples, torch.cat(maps), size)
+    return evaluate.auroc(defective, scores), by_pixel, by_region, statistics.mean(seconds)
+
+
+@torch.inference_mode()
+def time_search(images, repeats):
+    """Print the median seconds of the three searches of one image's vectors, timed in turn."""
+    model = PatchcoreInBlocks()
+    P = GRID**2
+    model.memory_bank = torch.rand(images * P, CHANNELS)
+    queries = torch.rand(P, CHANNELS)
+    r = queries.T.reshape(1, CHANNELS, GRID, GRID)
+    memory = model.memory_bank.split(P)
+    searches = (lambda: PatchcoreModel.nearest_neighbors(model, queries, 1)[0],
+                lambda: model.nearest_neighbors(queries, 1)[0],
+                lambda: patchae.nearest_distance(r, memory).flatten())
+    rounds = []
+    for _ in range(repeats + 1):  # the first one warms up
+        rounds.append([])
+        for search in searches:
+            begin = time.perf_counter()
+            found = search()
+            rounds[-1].append(time.perf_counter() - begin)
+            torch.testing.assert_close(found, searches[-1](), rtol=1e-3, atol=1e-3)
+    own, blocks, ours = (statistics.median(column) for column in zip(*rounds[1:]))
+    print(f"| {images} | {images * P} | {own:.3f} | {blocks:.3f} | {ours:.3f} |", flush=True)
+
+
+def main(argv=None):
+    """Print the table that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, metavar="ROOT", help="data set: a folder with NAME/train/good")
+    add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or: all")
+    add("--weights", default="imagenet", metavar="FILE", help="a state dict of torchvision's "
+        "ResNet-18, or imagenet, which is downloaded (default: imagenet)")
+    add("--image-size", type=int, default=256, metavar="PIXELS",
+        help="side to which images are resized, a multiple of 32 (default: 256, anomalib's)")
+    add("--time", type=int, nargs="+", metavar="N", help="only: time of the search among the "
+        "vectors of so many normal images, one thread")
+    add("--repeats", type=int, default=5, help="rounds of --time (default: 5)")
+    args = parser.parse_args(argv)
+    check_search()
+    if args.time:
+        torch.set_num_threads(1)
+        print(f"| normal images | vectors of length {CHANNELS} | PatchCore's search, s | "
+              "in blocks, s | ours, s |\n|---|---|---|---|---|")
+        for images in args.time:
+            time_search(images, args.repeats)
+        return
+    names = choose_categories(args.data, args.category)
+    rows = []
+    for peer, make in PEERS.items():
+        cells = []
+        for name in names:
+            *metrics, seconds = measure(build(make, args.weights), args.data / name,
+                                        args.image_size)
+            cells.append(" / ".join(f"{100 * value:.1f}" for value in metrics)
+                         + f", {seconds:.2f} s")
+            print(f"{peer}, {name}: {cells[-1]}", file=sys.stderr, flush=True)
+        rows.append(f"| {peer}, {args.image_size} pixels | " + " | ".join(cells) + " |")
+    print(f"| image / pixel AUROC / AUPRO, s/image | {' | '.join(names)} |")
+    print("|---" * (len(names) + 1) + "|", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)
