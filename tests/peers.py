@@ -45,6 +45,8 @@ CHECK_SIZE = 64           # pixels of the random image whose features are compar
 CHECKED = (40, 2 * BLOCK + 5, 16)  # queries, vectors, length; the last block is smaller than k
 GRID = 32                 # of --time: our default, patches in a row and in a column
 CHANNELS = 448            # of --time: our default with ResNet-18
+REPEATS = 5               # of --time
+DISTANCE = 1e-3           # two searches may differ by so much, in rounding
 
 
 class PatchcoreInBlocks(PatchcoreModel):
@@ -65,9 +67,10 @@ class PatchcoreInBlocks(PatchcoreModel):
         """
         distances, indices = [], []
         for number, block in enumerate(self.memory_bank.split(BLOCK)):
-            found = self.euclidean_dist(embedding, block).topk(min(n_neighbors, len(block)),
-                                                               largest=False)
-            distances.append(found.values)
+            among = self.euclidean_dist(embedding, block)                 # (n, BLOCK)
+            found = (among.min(dim=1, keepdim=True) if n_neighbors == 1  # faster, as in PatchCore
+                     else among.topk(min(n_neighbors, len(block)), largest=False))
+            distances.append(found.values)                                # (n, k) or smaller
             indices.append(found.indices + number * BLOCK)
         best = torch.cat(distances, dim=1).topk(n_neighbors, largest=False)
         indices = torch.cat(indices, dim=1).gather(1, best.indices)       # (n, k)
@@ -143,7 +146,7 @@ def measure(model, folder, size):
 
 
 @torch.inference_mode()
-def time_search(images, repeats):
+def time_search(images):
     """Print the median seconds of the three searches of one image's vectors, timed in turn."""
     model = PatchcoreInBlocks()
     P = GRID**2
@@ -155,13 +158,13 @@ def time_search(images, repeats):
                 lambda: model.nearest_neighbors(queries, 1)[0],
                 lambda: patchae.nearest_distance(r, memory).flatten())
     rounds = []
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(REPEATS + 1):  # the first one warms up
         rounds.append([])
         for search in searches:
             begin = time.perf_counter()
             found = search()
             rounds[-1].append(time.perf_counter() - begin)
-            torch.testing.assert_close(found, searches[-1](), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(found, searches[-1](), rtol=DISTANCE, atol=DISTANCE)
     own, blocks, ours = (statistics.median(column) for column in zip(*rounds[1:]))
     print(f"| {images} | {images * P} | {own:.3f} | {blocks:.3f} | {ours:.3f} |", flush=True)
 
@@ -176,10 +179,9 @@ def main(argv=None):
     add("--weights", default="imagenet", metavar="FILE", help="a state dict of torchvision's "
         "ResNet-18, or imagenet, which is downloaded (default: imagenet)")
     add("--image-size", type=int, default=256, metavar="PIXELS",
-        help="side to which images are resized, a multiple of 32 (default: 256, anomalib's)")
+        help="side to which images are resized (default: 256, as anomalib's)")
     add("--time", type=int, nargs="+", metavar="N", help="only: time of the search among the "
         "vectors of so many normal images, one thread")
-    add("--repeats", type=int, default=5, help="rounds of --time (default: 5)")
     args = parser.parse_args(argv)
     check_search()
     if args.time:
@@ -187,21 +189,20 @@ def main(argv=None):
         print(f"| normal images | vectors of length {CHANNELS} | PatchCore's search, s | "
               "in blocks, s | ours, s |\n|---|---|---|---|---|")
         for images in args.time:
-            time_search(images, args.repeats)
+            time_search(images)
         return
     names = choose_categories(args.data, args.category)
-    rows = []
+    print(f"| image / pixel AUROC / AUPRO, s/image | {' | '.join(names)} |")
+    print("|---" * (len(names) + 1) + "|")
     for peer, make in PEERS.items():
         cells = []
         for name in names:
-            *metrics, seconds = measure(build(make, args.weights), args.data / name,
-                                        args.image_size)
+            model = build(make, args.weights)
+            *metrics, seconds = measure(model, args.data / name, args.image_size)
             cells.append(" / ".join(f"{100 * value:.1f}" for value in metrics)
                          + f", {seconds:.2f} s")
             print(f"{peer}, {name}: {cells[-1]}", file=sys.stderr, flush=True)
-        rows.append(f"| {peer}, {args.image_size} pixels | " + " | ".join(cells) + " |")
-    print(f"| image / pixel AUROC / AUPRO, s/image | {' | '.join(names)} |")
-    print("|---" * (len(names) + 1) + "|", *rows, sep="\n")
+        print(f"| {peer}, {args.image_size} pixels | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
