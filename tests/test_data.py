@@ -4,6 +4,7 @@ The oracles are NumPy, Pillow and files written by hand.
 """
 import errno
 import io
+import itertools
 import os
 import platform
 import re
@@ -22,8 +23,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import (CHECKPOINT, GOOD, OPTIONS, ROOT, SCORES, TEST, TINY, draw_dataset, fails,
-                      watch)
+from conftest import CHECKPOINT, GOOD, OPTIONS, ROOT, SCORES, TEST, TINY, draw_dataset, fails
 from PIL import Image, ImageFilter
 
 import evaluate
@@ -109,8 +109,8 @@ def test_types_and_masks_of_a_test_set(tmp_path, test, truth):
     ("L", 100, {}, (100, 100, 100)), ("1", 1, {}, (255, 255, 255)),
     ("P", 0, {}, (0, 0, 0)), ("P", 0, {"transparency": 0}, (255, 255, 255)),
     ("RGBA", (200, 0, 0, 51), {}, (244, 204, 204)), ("CMYK", (0, 255, 255, 0), {}, (255, 0, 0))])
-def test_every_kind_of_8_bit_image_becomes_the_rgb_that_one_sees(tmp_path, mode, colour, more, seen):
-    """Transparency is laid on white: red 200 with α = 51/255 becomes 0.2 · 200 + 0.8 · 255 = 244."""
+def test_every_8_bit_image_becomes_the_rgb_that_one_sees(tmp_path, mode, colour, more, seen):
+    """Transparency is laid on white: red 200, α = 51/255, becomes 0.2 · 200 + 0.8 · 255 = 244."""
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.new(mode, (8, 8), colour).save(path, **more)
     pixels = np.array(images.read_image(path), dtype=float)
@@ -133,6 +133,7 @@ def exif_bytes(orientation, *entry):
     return b"MM\0*" + struct.pack(">IH", 8, 1 + bool(entry)) + tags + bytes(4) + values
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the end that is missing
 @pytest.mark.parametrize("orientation", STORED)
 def test_a_cameras_orientation_is_undone(tmp_path, orientation):
     """In every format that has it; the mask beside it was painted upright, or has it, too.
@@ -155,13 +156,6 @@ def test_a_cameras_orientation_is_undone(tmp_path, orientation):
             assert read.shape == seen.shape and abs(read - seen).max() <= 2
             for mask in (tmp_path / "upright.png", tmp_path / "turned.png"):
                 assert np.array_equal(images.read_mask([mask], path, 64), small)
-
-
-@pytest.mark.parametrize("form", ["png", "webp", "jpg"])
-def test_exif_data_that_are_none_do_no_harm(tmp_path, form):
-    """The picture itself is whole."""
-    NOISE.convert("RGB").save(tmp_path / f"image.{form}", exif=b"junk")
-    assert images.read_image(tmp_path / f"image.{form}").size == (64, 64)
 
 
 def png(kind, channels):
@@ -205,7 +199,7 @@ def tiff(order, planar):
     ids=["grey.png", "rgb.png", "la.png", "rgba.png", "rgb.tif", "rgb-big-endian.tif",
          "planar.tif", "planar-big-endian.tif", "I;16", "F", "I"])
 def test_more_than_8_bits_are_refused(tmp_path, content):
-    """Read as 8 bits they would lose what sensors see; all modes, also those that Pillow shortens."""
+    """Read as 8 bits they would lose detail; also those that Pillow shortens without a word."""
     path = tmp_path / "deep.tif"  # Pillow looks at the content, not at the suffix
     path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
     assert Image.open(path).size == (16, 16)
@@ -214,10 +208,11 @@ def test_more_than_8_bits_are_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_cut_file_is_an_error_and_so_is_one_that_is_too_large(tmp_path, monkeypatch, form):
+def test_cut_and_too_large_files_are_errors_but_foreign_exif_data_are_none(tmp_path, monkeypatch,
+                                                                           form):
     """Half a picture is no picture; the limit is Pillow's, the words are ours."""
     path = tmp_path / f"image.{form}"
-    NOISE.convert("RGB").save(path)
+    NOISE.convert("RGB").save(path, **({} if form in ("tif", "bmp") else {"exif": b"junk"}))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(UserError, match=f"image.{form}: too large, .* megapixels; make it smaller"):
         images.read_image(path)
@@ -322,21 +317,18 @@ def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[0] for line in table] == ["category", "a", "c"]
 
 
-def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, capsys):
-    """Names that differ in the suffix only, in the folder only; a folder above --out, twice."""
+def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace):
+    """Names that differ in the suffix or in the folder only; a folder above --out, twice."""
     names = ("a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "1/a.png", "2/a.png", "1/a.PNG.bmp")
     for name in names:
         save(NOISE, Path("photos", name))
-    for paths, target in ((["photos"], "photos"), (["photos/1", "photos/2"], "1-and-1-more")):
-        assert evaluate.main([*OPTIONS, "--predict", *paths]) == 0
-        folder = Path("runs/part/predictions", target)
-        rows = (folder / "scores.csv").read_text().splitlines()[1:]
-        assert len(rows) == len(list(folder.rglob("heatmaps/**/*.png"))) == (
-            len(names) if paths == ["photos"] else 3)
-    for _ in range(2):
-        assert evaluate.main([*OPTIONS, "--predict", "."]) == 0
-        assert "part: 19 images" in capsys.readouterr().out  # 12 of data, 7 photos
-    assert evaluate.main([*OPTIONS, "--predict", "runs/part/defects.png", "runs/part"]) == 0
+    shutil.move("runs", "photos/runs")
+    for paths, target, count in ((["photos"], "photos", len(names)), (["photos"], "photos", 7),
+                                 (["photos/1", "photos/2"], "1-and-1-more", 3)):
+        assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
+        folder = Path("photos/runs/part/predictions", target)
+        assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
+        assert len(list(folder.rglob("heatmaps/**/*.png"))) == count
 
 
 # ---- names and messages -------------------------------------------------------------------------
@@ -373,13 +365,12 @@ def say(monkeypatch, encoding, main, argv):
     return end.value.code, streams[0].buffer.getvalue() + streams[1].buffer.getvalue()
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_any_name_on_any_console(workspace, monkeypatch, encoding):
+def test_any_name_on_any_console(workspace, monkeypatch):
     """A category called Φ, images called 零件.png and, in an old code, Prüfteil.png.
 
     The table is UTF-8 in any case; pictures and heatmaps are there.
     """
-    for main in (train.main, evaluate.main):
+    for encoding, main in itertools.product(("cp1252", "ascii"), (train.main, evaluate.main)):
         code, text = say(monkeypatch, encoding, main, ["--help"])
         assert code == 0 and text.isascii()
     shutil.move("data/part", "data/Φ")
@@ -387,22 +378,22 @@ def test_any_name_on_any_console(workspace, monkeypatch, encoding):
     names = ["零件.png", os.fsdecode(b"Pr\xfcfteil.png")]
     if sys.platform in ("darwin", "win32"):  # their file systems have no other names than Unicode
         names.pop()
-    for folder in ("train/good", "test/dent"):
-        for number, name in enumerate(names):
-            Path("data/Φ", folder, f"00{number}.png").rename(Path("data/Φ", folder, name))
-    Path("data/Φ/train/good/copy.png").write_bytes(Path("data/Φ/train/good", names[0]).read_bytes())
+    for number, name in enumerate(names):
+        Path(f"data/Φ/train/good/00{number}.png").rename(f"data/Φ/train/good/{name}")
+        Path(f"data/Φ/test/dent/00{number}.png").rename(f"data/Φ/test/dent/{name}")
+    shutil.copy(f"data/Φ/train/good/{names[0]}", "data/Φ/train/good/copy.png")  # it is named
     options = [*OPTIONS, "--category", "Φ"]
-    assert say(monkeypatch, encoding, train.main, [*options, *UNTRAINED])[0] == 0
-    assert say(monkeypatch, encoding, evaluate.main, options)[0] == 0
     predicted = Path("data/Φ/test/dent", names[-1])
-    assert say(monkeypatch, encoding, evaluate.main, [*options, "--predict", str(predicted)])[0] == 0
+    for encoding, main, more in (("ascii", train.main, UNTRAINED), ("cp1252", evaluate.main, []),
+                                 ("ascii", evaluate.main, ["--predict", str(predicted)])):
+        assert say(monkeypatch, encoding, main, [*options, *more])[0] == 0
     for folder, count in (("trained", 4), (f"predictions/{names[-1]}", 1)):
         folder = Path("runs/Φ", folder)
         table = (folder / "scores.csv").read_text("utf-8").splitlines()
         assert len(table) == 1 + count == 1 + len(list(folder.rglob("heatmaps/**/*.png")))
         assert {"nearest.png", "overview.png"} <= {path.name for path in folder.iterdir()}
     predicted.write_bytes(b"")
-    assert say(monkeypatch, encoding, evaluate.main, options)[0] == 2
+    assert say(monkeypatch, "ascii", evaluate.main, options)[0] == 2
 
 
 def test_packages_of_the_same_names_elsewhere_do_not_win(tmp_path):
@@ -410,9 +401,11 @@ def test_packages_of_the_same_names_elsewhere_do_not_win(tmp_path):
     for name in ("data", "evaluate"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('foreign')")
-    shown = subprocess.run([sys.executable, ROOT / "evaluate.py", "--help"], capture_output=True,
-                           env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True)
-    assert shown.returncode == 0 and "--predict" in shown.stdout, shown.stderr
+    code = ("from importlib.util import find_spec as find\nprint(find('data').origin)\n"
+            "print(find('evaluate').origin)")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})  # as a script in ROOT
+    assert shown.stdout.split() == [str(ROOT / "data/__init__.py"), str(ROOT / "evaluate.py")]
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -427,7 +420,7 @@ def refused(workspace, capsys):
 
 
 def test_a_file_that_cannot_be_used(refused):
-    """It is named with the remedy. content: an image, the bytes of the file, or None for no file."""
+    """It is named with the remedy. content: an image, the bytes of a file, or None for no file."""
     for main, argv, path, content, remedy in (
             (train.main, "", GOOD / "tiny.png", NOISE.resize((64, 3)), "larger images"),
             (evaluate.main, "", TEST / "stray.png", NOISE, "move"),
@@ -445,3 +438,394 @@ def test_a_file_that_cannot_be_used(refused):
             path.unlink(missing_ok=True)
         refused(main, argv.split(), path, remedy)
         path.write_bytes(old) if old else path.unlink(missing_ok=True)
+
+
+def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
+    """A failed download names the address and the folder in which the file can be put by hand."""
+    offline = Mock(side_effect=urllib.error.URLError("offline"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", "torch")
+    Path("torch/hub/checkpoints").mkdir(parents=True)
+    refused(train.main, ["--weights", "imagenet"], "https://download.pytorch.org/models/resnet18",
+            "offline", Path("torch/hub/checkpoints"), "random")
+    torch.save(patchae.make_backbone("resnet18", (2,)).state_dict(), "18.pth")
+    refused(train.main, "--weights 18.pth --backbone resnet50".split(), "18.pth", "resnet50")
+
+
+@pytest.mark.parametrize("main, folder", [(train.main, GOOD), (evaluate.main, TEST)])
+def test_wrong_folders(refused, main, folder):
+    """No such folder, a category in place of its parent, unknown categories, no images."""
+    draw_dataset(Path("data"), "other", train=1, good=1, bad=1)
+    refused(main, ["--data", "no"], "--data no", "NAME/train/good")
+    refused(main, ["--data", "data/part"], "data/part", "parent")
+    refused(main, ["--category", "part", "nix"], "nix", "other, part")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    refused(main, [], folder, "no images there", ".png")
+    if main is evaluate.main:
+        refused(main, ["--test", "nix"], TEST.with_name("nix"), "no such folder")
+
+
+@pytest.mark.parametrize("main, options", [
+    (train.main, ["--image-size 100", "--patch-size 12", "--neighbourhood 2", "--layers 0 2",
+                  "--lr 2", "--lr nan", "--steps -1", "--steps many", "--backbone vgg",
+                  "--memory-fraction 2", "--device tpu", "--device cuda", "--batch-size 0",
+                  "--none", "--out data"]),
+    (evaluate.main, ["--quantile 0", "--quantile 1.01", "--quantile nan", "--method nothing",
+                     "--batch-size 1025", "--predict"])])
+def test_options_out_of_range(refused, monkeypatch, main, options):
+    """Refused by name before anything is done.
+
+    So are a device that is not there, and an --out where results would replace the data set.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for option in options:
+        refused(main, option.split(), option.split()[0])
+
+
+# ---- what stops half-way ------------------------------------------------------------------------
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("main, owner, name, error", [
+    (train.main, Path, "write_bytes", FULL),  # the checkpoint
+    (train.main, Image.Image, "save", FULL),  # defects.png
+    (evaluate.main, Image.Image, "save", FULL),  # a heatmap
+    (train.main, patchae, "training_loss", KeyboardInterrupt()),
+    (evaluate.main, evaluate, "write_overview", KeyboardInterrupt())])
+def test_what_stops_half_way_leaves_the_results_before(refused, monkeypatch, capsys, main, owner,
+                                                       name, error):
+    """A full disk, Ctrl-C: all is as it was, byte for byte, with one line and the exit code."""
+    argv = [*TINY, "--steps", "1"] if main is train.main else []
+    assert argv or evaluate.main(OPTIONS) == 0
+    before = contents()
+    monkeypatch.setattr(owner, name, Mock(side_effect=error))
+    if error is FULL:
+        refused(main, argv, "part", "No space left")
+        return
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="130"):
+        files.run(lambda: main([*OPTIONS, *argv]))
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert "interrupted" in line and contents() == before
+
+
+MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError(),
+          RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_one_line(capsys, error):
+    """It names what helps; a RuntimeError of another kind is a fault of ours and stays one."""
+    work = Mock(side_effect=error)
+    assert files.exit_code(work, "part") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("part", "memory", "--memory-fraction", "--batch-size"))
+    with pytest.raises(RuntimeError, match="shape"):
+        files.exit_code(Mock(side_effect=RuntimeError("shape")))
+
+
+def test_a_training_is_not_lost_where_memory_ends(workspace, monkeypatch, capsys):
+    """Scoring the normal images needs most of it: the weights are there, the next category runs.
+
+    With less memory the same weights are taken up, without another training.
+    """
+    shutil.copytree("data/part", "data/second")
+    expected = torch.load(CHECKPOINT, weights_only=True)["model"]
+    shutil.rmtree("runs/part")
+    real, errors = patchae.nearest_distance, MEMORY[:1]
+
+    def scarce(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(patchae, "nearest_distance", scarce)
+    fails(capsys, train.main, [*OPTIONS, *TINY, "--category", "part", "second"], "part",
+          "--memory-fraction", "--batch-size")
+    kept = [torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+            for name in ("part", "second")]
+    assert [len(one["normal_scores"]) for one in kept] == [0, 6]
+    monkeypatch.setattr(train, "fit", Mock(side_effect=AssertionError("trained again")))
+    again = [*OPTIONS, *TINY, "--skip-finished", "--memory-fraction", "0.1"]
+    assert train.main(again) == 0
+    after = torch.load(CHECKPOINT, weights_only=True)
+    assert len(after["normal_scores"]) == 6 and after["config"]["memory_fraction"] == 0.1
+    assert Path("runs/part/train.csv").exists() and Path("runs/part/defects.png").exists()
+    for content in (*kept, after):
+        assert all(torch.equal(content["model"][name], expected[name]) for name in expected)
+
+
+# ---- whole --------------------------------------------------------------------------------------
+def make(path, text="new", folder=True):
+    """Make a result at the path by whole: a folder with two files, or one file."""
+    with files.whole(path) as unfinished:
+        if folder:
+            (unfinished / "deep").mkdir(parents=True)
+            (unfinished / "deep/a").write_text(text)
+        (unfinished / "b" if folder else unfinished).write_text(text)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_result_replaces_what_was_there(tmp_path, folder):
+    """All of it, with its sub-folders, and nothing else is left; the folders above are made."""
+    path = tmp_path / "runs/[part]"
+    make(path, "old", folder)
+    if folder:
+        (path / "older").write_text("")
+    make(path, "new", folder)
+    assert {p.relative_to(path).as_posix(): text for p, text in contents(path).items()} == (
+        {"deep": False, "deep/a": b"new", "b": b"new"} if folder else {})
+    assert folder or path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "in use"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("name, folder", [("rename", True), ("replace", True), ("replace", False),
+                                          ("write_text", True), ("write_text", False)])
+def test_after_any_failure_the_old_is_there(tmp_path, monkeypatch, name, folder, error):
+    """Byte for byte, and nothing beside it. The message names the path and the true cause.
+
+    The old cannot be put aside, the new not into its place, or it cannot be made.
+    """
+    path = tmp_path / "runs/part"
+    make(path, "old", folder)
+    before, real = contents(tmp_path), getattr(Path, name)
+
+    def fail(self, target):
+        if self.name.startswith(".before"):  # the way back works
+            return real(self, target)
+        raise error
+
+    monkeypatch.setattr(Path, name, fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        make(path, "new", folder)
+    assert contents(tmp_path) == before
+    if isinstance(error, OSError):
+        assert str(path) in str(caught.value) and "in use" in str(caught.value)
+
+
+def test_an_old_file_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch):
+    """Open in a viewer on Windows, or of another owner: the new result is there all the same.
+
+    What could not be removed is removed by a later run.
+    """
+    path, unlink = tmp_path / "runs/part", os.unlink
+    make(path, "old")
+    with monkeypatch.context() as patch:
+        def refuse(name, **more):
+            if Path(name).name == "a":
+                raise PermissionError(13, "in use")
+            unlink(name, **more)
+        patch.setattr(os, "unlink", refuse)
+        make(path, "new")
+    assert (path / "deep/a").read_text() == "new"
+    make(path, "newest")
+    assert list(path.parent.iterdir()) == [path] and (path / "deep/a").read_text() == "newest"
+
+
+def test_two_at_once_never_fail_and_the_last_wins(tmp_path):
+    """Two writers of one result, each many times: it is always whole, and nothing is left over."""
+    path, errors = tmp_path / "runs/part", []
+
+    def often(name):
+        try:
+            for n in range(60):
+                make(path, f"{name} {n}")
+        except BaseException as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=often, args=name) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not errors
+    assert (path / "b").read_text() == (path / "deep/a").read_text() in ("a 59", "b 59")
+    make(path, "last")
+    assert list(path.parent.iterdir()) == [path] and (path / "b").read_text() == "last"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    """Not what living ones write, of any user, nor what comes from another machine."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path, node, open_ones = tmp_path / "part", platform.node(), []
+
+    def begin(pid, name):
+        """Begin a result as this process of this machine; the folder in which it writes."""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: pid)
+            patch.setattr(platform, "node", lambda: name)
+            open_ones.append(files.whole(path))
+            folder = open_ones[-1].__enter__().parent
+        (folder / "half").write_text("")
+        return folder
+
+    kept = [begin(os.getpid(), node), begin(ended.pid, f"{node}-{ended.pid}"),
+            begin(ended.pid, f"{node}-x")]
+    dead = begin(ended.pid, node)
+    make(path)
+    assert not dead.exists() and all((folder / "half").exists() for folder in kept)
+    monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError(1, "not yours")))
+    make(path, "newer")
+    assert all((folder / "half").exists() for folder in kept)
+    assert (path / "b").read_text() == "newer"
+
+
+def test_the_only_copy_is_never_removed(tmp_path, monkeypatch):
+    """A process killed between the two moves: the old result lies beside, hidden, until the next.
+
+    Another result whose name begins alike does not remove it.
+    """
+    part, other = tmp_path / "part-1", tmp_path / "part"
+    for path in (part, other):
+        make(path, "old")
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(Path, "replace", Mock(side_effect=OSError("killed")))
+        patch.setattr(Path, "exists", lambda path: False)  # as if there were no time to put it back
+        make(part)
+    assert not part.exists()
+    make(other)
+    assert [path.read_text() for path in tmp_path.rglob(".before*/b")] == ["old"]
+    make(part)
+    make(part)
+    assert sorted(tmp_path.iterdir()) == [other, part]
+
+
+# ---- damaged bytes ------------------------------------------------------------------------------
+def damaged(content, rng, way):
+    """The content cut, replaced, or with a few bytes changed, in its beginning or anywhere."""
+    content = bytearray(content)
+    if way == 0:
+        return content[:rng.integers(len(content))]
+    if way == 1:
+        foreign = (b"", bytes(500), b"GIF89a" + b"\xff" * 60, b"PK\x05\x06" + bytes(18))
+        return foreign[rng.integers(4)]
+    for i in rng.integers(len(content) if way == 2 else 100, size=8):
+        content[i] ^= int(rng.integers(1, 256))
+    return content
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMATS)
+def test_damaged_images_are_read_or_refused(tmp_path, monkeypatch, form):
+    """Fuzzing: an image of the right size, or an error that names the file; never another one."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**5)  # to save time
+    path, rng = tmp_path / f"image.{form}", np.random.default_rng(20230801)
+    more = {} if form == "bmp" else {"exif": b"Exif\0\0" * (form != "png") + exif_bytes(6)}
+    NOISE.convert("RGB").save(path, **more)
+    content, refusals = path.read_bytes(), 0
+    for n in range(40):
+        path.write_bytes(damaged(content, rng, n % 4))
+        readable, read, errors = images.read_readable([path], 32)
+        refusals += len(errors)
+        assert read.shape == (len(readable), 3, 32, 32) and len(readable) + len(errors) == 1
+        assert all(str(path) in error for error in errors)
+        with suppress(UserError):
+            assert images.read_mask([path], path, 32).shape == (32, 32)
+    assert refusals >= 10
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_a_damaged_checkpoint_is_refused(refused, way):
+    """Also where only a few of its millions of numbers are other ones; no result is changed."""
+    content = damaged(CHECKPOINT.read_bytes(), np.random.default_rng(way), way)
+    CHECKPOINT.write_bytes(content)
+    refused(evaluate.main, [], CHECKPOINT, "train.py")
+
+
+# ---- the toy set --------------------------------------------------------------------------------
+KINDS = {"flange": ("gouge", "oil", "chip", "fibre"), "felt": ("hole", "thread", "grease", "thin")}
+
+
+def test_the_toy_set(tmp_path, monkeypatch):
+    """Layout and counts as claimed; drawn by its seed, each category whatever else is drawn.
+
+    Both test sets have the same good images and masks, and the same parts below their defects.
+    """
+    assert (make_toy.TRAIN, make_toy.GOOD, make_toy.PER_DEFECT) == (40, 20, 8)
+    for name, count in (("TRAIN", 2), ("GOOD", 1), ("PER_DEFECT", 1)):  # to save time
+        monkeypatch.setattr(make_toy, name, count)
+    monkeypatch.chdir(tmp_path)
+    make_toy.draw_if_absent(Path("set"))
+    drawn = {path: content for path, content in contents("set").items() if content}
+    expected = [Path("set", name, f"{place}.png") for name, kinds in KINDS.items() for place in (
+        "train/good/000", "train/good/001",
+        *(f"test{faint}/{kind}/000" for kind in ("good", *kinds) for faint in ("", "_faint")),
+        *(f"ground_truth{faint}/{kind}/000_mask" for kind in kinds for faint in ("", "_faint")))]
+    assert sorted(drawn) == sorted(expected)
+    assert {Image.open(path).size for path in drawn} == {(256, 256)}
+    for path in drawn:
+        faint = Path("set", path.parts[1], path.parts[2] + "_faint", *path.parts[3:])
+        if "train" in path.parts or "_faint" in path.parts[2]:
+            continue
+        assert (drawn[path] == drawn[faint]) == ("good" in path.parts or "ground" in path.parts[2])
+        if path.parts[2] == "test":
+            ground = Path("set", path.parts[1], "ground_truth", path.parts[3], "000_mask.png")
+            normal = np.ones((256, 256), bool)
+            if ground.exists():
+                normal = np.array(Image.open(ground).reduce(8).resize((256, 256))) == 0
+            one, other = (np.array(Image.open(p))[normal].ravel() for p in (path, faint))
+            assert np.corrcoef(one, other)[0, 1] > 0.9
+    for name, seed in (("felt", 0), ("flange", 1)):
+        make_toy.draw_category(Path("set"), name, seed)
+    assert all((path.read_bytes() == content) == ("felt" in path.parts)
+               for path, content in drawn.items())
+
+
+@pytest.mark.parametrize("strength", [None, (0.5, 0.6)])
+def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch, strength):
+    """Saved files of defects on plain grey: 0 and 255; all of the mask is changed.
+
+    Nothing is changed farther away than a soft rim reaches. A chip ends at the flange's rim; every
+    fourth defect of felt is on the border of the image. A faint defect is a part of a clear one.
+    """
+    monkeypatch.setattr(make_toy, "TRAIN", 0)
+    monkeypatch.setattr(make_toy, "GOOD", 0)
+    monkeypatch.setattr(make_toy, "PER_DEFECT", 3 if strength else 8)  # to save time
+    monkeypatch.setattr(make_toy, "expose",
+                        lambda image, rng: image.round().clip(0, 255).astype(np.uint8))
+    samples, parts = [], []
+    for name, (_, defects) in list(make_toy.CATEGORIES.items()):
+        drawing = (lambda rng: np.full((256, 256, 3), 148.), defects)
+        monkeypatch.setitem(make_toy.CATEGORIES, name, drawing)
+        make_toy.draw_category(tmp_path, name, **({"strength": strength} if strength else {}))
+        samples += images.list_test(tmp_path / name)
+    assert len(samples) == 8 * make_toy.PER_DEFECT
+    for path, kind, (mask_path,) in samples:
+        clear = np.array(Image.open(path), dtype=int) - 148
+        faint = path.parents[2] / "test_faint" / kind / path.name
+        faint = np.array(Image.open(faint), dtype=int) - 148
+        known = abs(clear) < 100  # else white or black cut it off
+        parts.append((clear * faint)[known].sum() / (clear * clear)[known].sum())
+        assert abs(faint - parts[-1] * clear)[known].max() <= 1.1
+        change, mask = abs(clear).max(axis=2), np.array(Image.open(mask_path))
+        assert set(np.unique(mask)) == {0, 255} and change[mask > 0].all()
+        inside, rim = np.argwhere(mask), 5 if kind in ("oil", "grease", "thin") else 3  # pixels
+        near = np.array(Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * rim + 1)))
+        assert not change[near == 0].any() and change[mask == 0].any()
+        fourth, on_border = int(path.stem) % 4 == 0, inside.min() == 0 or inside.max() == 255
+        assert kind != "chip" or 102 < np.hypot(*(inside - 127.5).T).max() < 0.44 * 256 + 2
+        assert kind not in KINDS["felt"] or not fourth or on_border
+        assert kind not in ("hole", "thin") or fourth or not on_border
+    low, high = strength or (0.15, 0.35)
+    assert low - 0.01 < min(parts) < low + (high - low) / 4
+    assert high + 0.01 > max(parts) > high - (high - low) / 4
+
+
+def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
+    """A category is there whole or not at all; the next run draws what is missing and no more."""
+    def draw(folder, name):
+        (folder / name).mkdir(parents=True)
+        if draw_category.call_count == 2:
+            raise KeyboardInterrupt
+
+    draw_category = Mock(side_effect=draw)
+    monkeypatch.setattr(make_toy, "draw_category", draw_category)
+    with pytest.raises(KeyboardInterrupt):
+        make_toy.draw_if_absent(tmp_path / "toy")
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["flange"]
+    make_toy.draw_if_absent(tmp_path / "toy")
+    assert [call.args[1] for call in draw_category.call_args_list] == ["flange", "felt", "felt"]
+    assert sorted(contents(tmp_path)) == [tmp_path / p for p in ("toy", "toy/felt", "toy/flange")]
