@@ -304,9 +304,14 @@ def heatmap_names(paths):
     """
     full = [Path(os.path.abspath(path)) for path in paths]
     root = os.path.commonpath([path.parent for path in full])
-    taken = {path for path in full if path.suffix != ".png"}
-    return [path.relative_to(root) if path.suffix == ".png" and path.with_suffix("") not in taken
-            else path.relative_to(root).with_name(path.name + ".png") for path in full]
+    names = {}
+    for path in full:
+        name = path.relative_to(root)
+        name = name if name.suffix == ".png" else Path(f"{name}.png")
+        while name in names:
+            name = Path(f"{name}.png")
+        names[name] = path
+    return list(names)
 
 
 def write_results(folder, paths, maps, threshold, shown, truths, watch):

@@ -2,6 +2,7 @@
 import argparse
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from data import make_toy
 from patchae import UserError
 
+ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
 
 
@@ -21,7 +23,7 @@ def whole(path):
     After an error, Ctrl-C or the end of the process all that was at `path` is there as before.
     UserError where something cannot be written.
     """
-    mark = f".part-{platform.node()}-"
+    mark = f".part-{platform.node()}@"  # no host name has an @
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path, mark)
@@ -36,7 +38,7 @@ def whole(path):
 
 def replace(path, new):
     """Rename what is at `path` aside and `new` to `path`; then remove the old, or put it back."""
-    for attempt in range(1000):  # again if another process puts its own result there in between
+    for attempt in range(ATTEMPTS):  # again if another process puts its own result there meanwhile
         aside = path.with_name(f".before-{path.name}-{os.getpid()}-{attempt}")
         try:
             if path.is_dir():  # a file is replaced in one step
@@ -49,7 +51,8 @@ def replace(path, new):
             if aside.exists() and not path.exists():
                 aside.rename(path)
                 raise
-            if not isinstance(error, OSError) or not path.is_dir() or not new.exists():
+            if (not isinstance(error, OSError) or not path.is_dir() or not new.exists()
+                    or attempt == ATTEMPTS - 1):
                 raise
 
 
@@ -61,8 +64,12 @@ def remove_leftovers(path, mark):
                 os.kill(int(part.name.removeprefix(mark).split("-")[0]), 0)
         except ProcessLookupError:
             shutil.rmtree(part, ignore_errors=True)
-    for aside in path.parent.glob(f".before-{path.name}-*") if path.exists() else ():
-        shutil.rmtree(aside, ignore_errors=True)
+        except OSError:  # a process of another user
+            continue
+    old = re.compile(rf"\.before-{re.escape(path.name)}-\d+-\d+")
+    for aside in path.parent.iterdir() if path.exists() else ():
+        if old.fullmatch(aside.name):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,8 +119,9 @@ def exit_code(work, *arguments):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        message = (f"{arguments[0] if arguments else ''}: out of memory ({error!r:.99}); use "
-                   "--memory-fraction 0.1 in train.py, --batch-size 1, or a smaller --image-size")
+        name = f"{arguments[0]}: " if arguments else ""
+        message = (f"{name}out of memory ({error!r:.99}); use --memory-fraction 0.1 in train.py, "
+                   "--batch-size 1, or a smaller --image-size")
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -125,5 +133,5 @@ def run(main):
     try:
         sys.exit(exit_code(main))
     except KeyboardInterrupt:
-        print("\ninterrupted; results that were there before are unchanged", file=sys.stderr)
+        print("\ninterrupted; results are whole, or as they were before", file=sys.stderr)
         sys.exit(130)

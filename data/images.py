@@ -16,10 +16,11 @@ from patchae import UserError
 SMALLEST = 8   # pixels of a side: less than a patch shows nothing
 NAMED = 20     # bad files that an error names; more would hide its end
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
-DRAFT = 3      # sides of the resized image: then no pixel differs by more than rounding
+DRAFT = 3      # sides of the resized image: then pixels differ by one grey level, rarely two
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # formats that blur the edges of a mask
 MASK_NAMES = "STEM.png, STEM_mask.png or STEM_mask_*.png"  # for the image STEM.*, any suffix
 ORIENTATION = 0x0112  # the EXIF entry; its values 2 to 8 say how the picture is to be turned
+BITS_PER_SAMPLE = 258  # the TIFF entry
 TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -34,7 +35,7 @@ def choose_categories(root, names):
         raise UserError(f"{missing} is missing; give it, or --demo")
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; give one with NAME/train/good")
-    there = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
+    there = sorted(path.parent.parent.name for path in root.glob("[!.]*/train/good"))
     if not there:
         raise UserError(f"--data {root}: no NAME/train/good in it; of a category give the parent")
     unknown = [name for name in names if name not in (*there, "all")]
@@ -87,10 +88,11 @@ def list_test(folder, test="test"):
     test sets called test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
     """
     samples = []
+    truth = "ground_truth" + (test[4:] if test.startswith("test") else f"_{test}")
     for path in list_images(folder / test):
         if path.parent.parent != folder / test:
             raise UserError(f"{path}: expected in {folder / test}/TYPE; move it there")
-        masks = folder / test.replace("test", "ground_truth", 1) / path.parent.name
+        masks = folder / truth / path.parent.name
         wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
         found = [mask for mask in sorted(masks.glob("*"))
                  if mask.suffix.lower() in SUFFIXES and wanted.fullmatch(mask.stem)]
@@ -108,15 +110,19 @@ def open_upright(path, at_least=None):
     """
     try:
         with Image.open(path) as file:
-            if at_least:
+            if at_least and not file.width % 8 and not file.height % 8:  # else a pixel is cut
                 file.draft(None, (at_least, at_least))  # does nothing to other formats
-            deep = re.search(r";16[BLN]", str(file.tile)) and not file.mode.startswith("I")
+            bits = getattr(file, "tag_v2", {}).get(BITS_PER_SAMPLE, [8])  # of a TIFF
+            deep = re.search(r";16[BLN]", str(file.tile)) or max(bits) > 8
+            deep = deep and file.mode[0] not in "IF"
             file.load()
             try:
                 turn = TURNS.get(file.getexif().get(ORIENTATION))
             except Exception:  # broken EXIF data fail in many ways; the picture itself is whole
                 turn = None
             image = file if turn is None else file.transpose(turn)
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large, more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} "
                         "megapixels; make it smaller first") from error

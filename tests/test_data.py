@@ -76,6 +76,7 @@ def test_links_to_folders_are_followed_and_each_image_comes_once(tmp_path):
                          (root / "a/loop", root / "a"), (root / "a/up", root),
                          (tmp_path / "far/up", tmp_path), (root / "again", tmp_path / "far")):
         link.symlink_to(target, target_is_directory=True)
+    assert len(list(itertools.islice(images.walk(root), 99))) == 3  # and no endless loop
     found = [path.name for path in images.list_images(root)]
     assert sorted(found) == ["1.png", "2.png", "3.png"]
     (tmp_path / "link").symlink_to(root, target_is_directory=True)

@@ -266,7 +266,8 @@ def test_paste_is_a_flipped_and_recoloured_part_from_anywhere():
         places.add(tuple(round(place) - 1 for place in first))
         own = [80 * (max(pair) - min(pair)) / n for pair, n in zip(ends, (17, 25))]
         gains.append((*own, 2 * blue.mean().item()))
-        assert 0 <= alpha.min() and alpha[:, [0, -1]].max() == 0 < alpha.max() <= 1
+        assert alpha[:, [0, -1]].max() == 0 == alpha.min() and alpha.max() == 1
+        assert (alpha == 1).sum() > 0.5 * (alpha > 0).sum()  # cut out
     assert places == {(top, left) for top in range(7) for left in range(7)}
     assert 160 < turned.count((True, False)) == 400 - turned.count((False, True)) < 240
     assert all(levels(gain, 0.6, 1.4).min() > 20 for gain in np.transpose(gains))

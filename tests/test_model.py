@@ -310,7 +310,7 @@ def test_three_steps_by_hand(monkeypatch, capsys, finetune):
     assert capsys.readouterr().out == ""
 
 
-def test_inputs_are_random_images_with_new_defects(learned):
+def test_inputs_are_random_images_with_new_defects(learned, model, monkeypatch):
     """Image and mask of the loss are what add_defects returned. All 6 images occur, in no fixed
     order, never twice with the same defects. What is pasted comes from any other image, never from
     the image itself. A single image is its own other; without defects it is as it is."""
@@ -326,6 +326,14 @@ def test_inputs_are_random_images_with_new_defects(learned):
     assert len(set(zip(chosen, chosen[1:]))) > 12  # of 36 successions; 6 one after the other
     assert len(set(pairs)) > 12  # of 30; "always the next one" would be 6
     assert len(torch.stack([image for _, (image, _) in learned.defects]).unique(dim=0)) == 38
+    defects = watch(monkeypatch, patchae, "add_defects")
+    losses = watch(monkeypatch, patchae, "training_loss")
+    for wanted in (True, False):
+        configure(model, steps=1, defects=wanted)
+        train.fit(model, learned.images[:1])
+    ((image, other), _), = defects
+    _, ((_, plain, mask, *_), _) = losses
+    assert number(image) == number(other) == number(plain[0]) == 0 and not mask.any()
 
 
 def test_training_learns_to_rebuild_defects(learned):
@@ -527,8 +535,8 @@ def test_images_pass_the_backbone_once_in_parts_of_the_batch_size(model, learned
         assert count(model.anomaly_maps, learned.images[:5]) == [4, 1]
     assert count(model.anomaly_maps, learned.images[:5], "raw") == [4, 2, 4, 1]
     assert count(model.anomaly_maps, learned.images[:5], "raw") == [4, 1]
-    model.batch_size = None
-    batches = list(model.to("meta").batches(draw_images(20, 3)))
+    elsewhere = patchae.build_model(model.config, "meta")
+    batches = list(elsewhere.batches(draw_images(20, 3)))
     assert [(len(batch), batch.device.type) for batch in batches] == [
         (8, "meta"), (8, "meta"), (4, "meta")]
 
