@@ -20,7 +20,7 @@ SCALE = 2                            # drawn larger and shrunk, for smooth edges
 TRAIN = 40                           # normal training images of each category
 GOOD = 20                            # normal test images
 PER_DEFECT = 8                       # defective test images of each kind
-STRENGTH = (0.15, 0.35)              # opacity of the defects of test_faint
+STRENGTH = (0.25, 0.5)               # opacity of the defects of test_faint
 LIGHT, NOISE = 0.04, 2.0             # relative change of light; grey levels of sensor noise
 STEEL, GREEN = (0.97, 1.0, 1.04), (0.78, 1.0, 0.94)  # tints of the flange and of the felt
 TABLE = 34                           # grey level of the dark table under both
@@ -271,7 +271,7 @@ if __name__ == "__main__":
                         help="decides every random choice (default: 0)")
     parser.add_argument("--strength", type=float, nargs=2, default=STRENGTH,
                         metavar=("LOW", "HIGH"),
-                        help="opacity of the faint defects, 0 to 1 (default: 0.15 0.35)")
+                        help="opacity of the faint defects, 0 to 1 (default: 0.25 0.5)")
     args = parser.parse_args()
     for category in CATEGORIES:
         draw_category(args.out, category, args.seed, args.strength)
