@@ -810,7 +810,7 @@ def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch, strength):
         assert kind != "chip" or 102 < np.hypot(*(inside - 127.5).T).max() < 0.44 * 256 + 2
         assert kind not in KINDS["felt"] or not fourth or on_border
         assert kind not in ("hole", "thin") or fourth or not on_border
-    low, high = strength or (0.15, 0.35)
+    low, high = strength or (0.25, 0.5)
     assert low - 0.01 < min(parts) < low + (high - low) / 4
     assert high + 0.01 > max(parts) > high - (high - low) / 4
 
