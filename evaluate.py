@@ -63,7 +63,8 @@ def parse(argv=None):
         help="test sets in ROOT/NAME (default: test; with --demo test and test_faint)")
     add("--quantile", type=float, default=0.99, metavar="Q",
         help="the threshold is this quantile of the scores of normal images, each compared with "
-        "all others, above 0 and up to 1 (default: 0.99, about one false alarm in a hundred)")
+        "all others, above 0 and up to 1 (default: 0.99; the expected rate of false alarms is "
+        "printed)")
     args = parse_args(parser, argv)
     args.method = args.method or (["raw", "trained"] if args.demo else ["trained"])
     args.test = args.test or (["test", "test_faint"] if args.demo else ["test"])
@@ -89,14 +90,14 @@ def load_model(name, args, device):
 
 
 def score_files(paths, model, method, watch):
-    """Read and score image files in parts, so that memory does not grow with their number.
+    """Read and score image files in parts; only the anomaly maps are kept.
 
     Returns the paths that could be read, their anomaly maps (N, H', W'), the texts of the errors,
     the seconds for each image after reading, and how many equal a normal training image.
     """
     known = {hash(image.numpy().tobytes()) for image in model.images}
     readable, maps, errors, seconds, equal = [], [], [], 0, 0
-    if method != "reconstruction":
+    if method not in ("reconstruction", model.remembered):
         model.build_memory(method, watch)
     for part in watch([paths[n:n + PART] for n in range(0, len(paths), PART)]):
         found, images, bad = read_readable(part, model.config.image_size)
@@ -168,7 +169,7 @@ def pixel_metrics(samples, maps, size):
         if truth.float().mean() > 1 / 2:
             print(f"{samples[n][2][0]}: more than half of the image is a defect; is it inverted?")
     if not any(truth.any() for truth in truths):
-        print("pixel metrics: undefined (no mask under ground_truth/ shows a defect)")
+        print("pixel metrics: undefined (no mask shows a defect)")
         return math.nan, math.nan
     truths, maps = torch.stack(truths), upsample(maps[known], (size, size))  # (N, size, size)
     return auroc(truths.flatten(), maps.flatten()), aupro(truths, maps)
@@ -197,7 +198,7 @@ def heat_pictures(path, anomaly_map, scale):
 
 
 def write_text(draw, x, y, text, anchor=None):
-    """One line of text; what the font cannot encode becomes a question mark."""
+    """One line of text. Bytes of a file name that are no UTF-8 become question marks."""
     text = text.encode("utf-8", "replace").decode()
     draw.text((x, y), text, fill="black", font_size=LINE / 2, anchor=anchor)
 
@@ -412,6 +413,7 @@ def predict_category(name, args, device):
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
         paths += [path] if path.is_file() else list_images(path, without=args.out)
+    paths = list(dict.fromkeys(paths))
     model, threshold = load_model(name, args, device)
     for method in args.method:
         limit = threshold if method == "trained" else math.nan

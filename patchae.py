@@ -149,7 +149,7 @@ def make_backbone(name, layers):
     """Build a torchvision ResNet that ends after the last stage in use.
 
     It maps (B, 3, H, W) to a dict of maps (B, C_l, H_l, W_l) ≥ 0, one for each stage in layers.
-    Our choice: convolutions see the image mirrored at its border. Zero padding looks like an
+    Our choice: every convolution mirrors its input at the border. Zero padding looks like an
     artificial edge to the network, so the border of a normal image would seem anomalous.
     """
     resnet = torchvision.models.get_model(name, weights=None)
@@ -239,7 +239,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """1×1 convolution, ReLU, 1×1 convolution (paper; ReLU is our choice: as in the encoder): f_d.
 
-    Our choice: it begins by drawing grey, the middle of [0, 1], to spend no steps on learning that.
+    Our choice: its last bias is 1/2, so that it begins near grey, the middle of [0, 1], and spends
+    no steps on learning that.
     """
 
     def __init__(self, c3, pixels):
@@ -420,7 +421,7 @@ class PatchAE(nn.Module):
     def train(self, mode=True):
         """As in any nn.Module, but the backbone's batch normalisation uses its stored statistics.
 
-        Our choice: with those of one image, Φ of an image would depend on its own defects.
+        Our choice: statistics of the one training image would let a defect change Φ at every place.
         """
         super().train(mode)
         self.backbone.eval()
@@ -464,12 +465,13 @@ class PatchAE(nn.Module):
         generator = torch.Generator().manual_seed(self.config.seed)
         P = self.grid**2
         keep = max(1, math.ceil(P * self.config.memory_fraction))
-        self.memory, self.places, self.remembered = [], [], method
+        self.memory, self.places, self.remembered = [], [], None
         for image in self.batches(self.images, progress):
             for vectors in self.vectors(image, method).flatten(2).mT:     # (P, C₃)
                 places = torch.randperm(P, generator=generator)[:keep].sort().values
                 self.memory.append(vectors[places.to(vectors.device)])    # (keep, C₃)
                 self.places.append(places)
+        self.remembered = method  # only now: after an interruption M is not whole
 
     @torch.inference_mode()
     def score_normal_images(self, progress=iter):
@@ -507,6 +509,8 @@ class PatchAE(nn.Module):
         method "trained": (E4) in R; "raw": (E4) in Φ; "reconstruction": the terms of (E3), by which
         a classical auto-encoder scores. UserError if there are no normal images to compare with.
         """
+        if method not in METHODS:
+            raise UserError(f"method {method!r}: must be one of {', '.join(METHODS)}")
         if method != "reconstruction" and method != self.remembered:
             if not len(self.images):
                 raise UserError("this model has no normal images to compare with: call remember")
@@ -523,10 +527,11 @@ class PatchAE(nn.Module):
     def threshold(self, quantile=0.99):
         """The score above which an image counts as anomalous: this quantile of the normal scores.
 
-        Our choice: 0.99 for about one false alarm in a hundred. UserError if there are no scores.
+        Our choice: 0.99. With 100 normal images expect about 2 % false alarms, with fewer images
+        more. UserError if there are no scores.
         """
         if not len(self.normal_scores):
-            raise UserError("no threshold: it needs two different normal images or more, and "
+            raise UserError("no threshold: call remember; it needs two different normal images and "
                             "--threshold-images above 0")
         return torch.quantile(self.normal_scores, quantile).item()
 

@@ -111,7 +111,8 @@ def fit(model, images, report=lambda step, loss: None):
     """Train a PatchAE on normal images (N, 3, H, W) uint8; report is called after each step.
 
     Each step takes one random image with new artificial defects, as the input and as the target.
-    config.seed decides all random choices. The model forgets its memory, since R changes.
+    config.seed decides all random choices. The model forgets its memory and its threshold, since R
+    changes: call remember afterwards.
     """
     config = model.config
     optimizer = torch.optim.Adam([
@@ -119,13 +120,15 @@ def fit(model, images, report=lambda step, loss: None):
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
         {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # stays if it is frozen
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    model.remembered = None
+    model.remembered, model.normal_scores = None, torch.empty(0)
     with patchae.seeded(config.seed):
         for step in range(1, config.steps + 1):
             i = random.randrange(len(images))
-            image, mask = images[i:i + 1] / 255, torch.zeros(1, 1, *images.shape[2:], dtype=bool)
             if config.defects:
-                image, mask = with_defects(images, i)
+                image, mask = with_defects(images, i)                     # (1, 3 or 1, H, W)
+            else:
+                image = images[i:i + 1] / 255                             # (1, 3, H, W)
+                mask = torch.zeros_like(image[:, :1], dtype=torch.bool)   # (1, 1, H, W)
             image, mask = image.to(model.device), mask.to(model.device)
             rebuilt = model(image)                                        # (1, 3p², H', W')
             loss = patchae.training_loss(rebuilt, image, mask, config.patch_size,
@@ -229,7 +232,8 @@ def train_category(name, args, config, device):
     print(f"{name}: {len(images)} normal images")
     name_copies(name, paths, images)
     before = trained_before(folder, config, images) if args.skip_finished else None
-    if before and before.config == config and len(before.normal_scores):
+    finished = before and before.config == config
+    if finished and (len(before.normal_scores) or not config.threshold_images):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
     if folder.exists() and not (folder / "train.csv").exists():
@@ -238,6 +242,7 @@ def train_category(name, args, config, device):
     model = before or patchae.build_model(config)
     model.config, model.batch_size = config, args.batch_size
     model.images, model.names = images, [path.name for path in paths]
+    model.normal_scores = torch.empty(0)  # those of `before` may belong to another memory
     model.to(device)
     log = Log(model, images, name)
     if not before:
