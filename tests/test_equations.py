@@ -246,7 +246,7 @@ def test_blob_by_hand():
         assert (blobs - blobs.flip(2)).abs().amax(dim=(1, 2)).min() > 0.1
         assert blobs[:, [0, -1]].max() == blobs[:, :, [0, -1]].max() == 0 == blobs.min()
         steps = max(blobs.diff(dim=1).max().item(), blobs.diff(dim=2).max().item())
-        assert steps < 0.3 if softness == patchae.SOFT else steps > 0.6
+        assert steps < 0.45 if softness == patchae.SOFT else steps > 0.6
 
 
 def test_paste_is_a_flipped_and_recoloured_part_from_anywhere():
