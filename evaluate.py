@@ -304,6 +304,7 @@ def heatmap_names(paths):
     a.png keeps its name; a.jpg becomes a.jpg.png, and an a.jpg.png beside it a.jpg.png.png.
     """
     full = [Path(os.path.abspath(path)) for path in paths]
+    full = [path.relative_to(path.anchor) for path in full]  # on Windows they may lie on two drives
     root = os.path.commonpath([path.parent for path in full])
     names = {}
     for path in full:
@@ -421,17 +422,18 @@ def predict_category(name, args, device):
         readable, maps, errors, _, equal = score_files(paths, model, method, watch)
         if equal:
             print(f"{name}: {equal} images are identical to normal training images")
-        shown = patchae.image_score(maps).argsort(descending=True)[:RANKED].tolist()
+        shown = patchae.image_score(maps).argsort(descending=True, stable=True)[:RANKED].tolist()
         more = f"-and-{len(args.predict) - 1}-more" if len(args.predict) > 1 else ""
         suffix = "" if method == "trained" else f"-{method}"
-        target = args.out / name / "predictions" / f"{args.predict[0].resolve().name}{more}{suffix}"
+        first = args.predict[0].resolve().name or "root"  # that of / and of a drive is empty
+        target = args.out / name / "predictions" / f"{first}{more}{suffix}"
         with whole(target) as folder:
             folder.mkdir()
             rows = write_results(folder, readable, maps, limit, shown, [], watch)
             if method != "reconstruction":
-                first = shown[:EXPLAINED]
-                write_nearest(folder / "nearest.png", model, [readable[n] for n in first],
-                              maps[first], method)
+                worst = shown[:EXPLAINED]
+                write_nearest(folder / "nearest.png", model, [readable[n] for n in worst],
+                              maps[worst], method)
         for path, _, score, verdict in rows[:RANKED]:
             word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
             print(f"{score:10.4f}  {word:9}  {path}")

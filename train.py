@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import math
 import random
-import shutil
 import time
 from functools import partial
 
@@ -224,6 +223,17 @@ def name_copies(name, paths, images):
         print(f"{name}: {len(copies)} copies, left out of each other's scores: {', '.join(copies)}")
 
 
+def write_folder(folder, model, log, kept):
+    """Write a results folder; kept: the files {name: bytes} of the training before, or empty."""
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        for file, content in kept.items():
+            (unfinished / file).write_bytes(content)
+        if not kept:
+            log.write(unfinished)
+        model.save(unfinished / "checkpoint.pt")
+
+
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder, watch = args.out / name, partial(progress, name)
@@ -233,7 +243,8 @@ def train_category(name, args, config, device):
     name_copies(name, paths, images)
     before = trained_before(folder, config, images) if args.skip_finished else None
     finished = before and before.config == config
-    if finished and (len(before.normal_scores) or not config.threshold_images):
+    scorable = config.threshold_images and len(set(patchae.first_copies(images))) > 1
+    if finished and (len(before.normal_scores) or not scorable):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
     if folder.exists() and not (folder / "train.csv").exists():
@@ -245,19 +256,13 @@ def train_category(name, args, config, device):
     model.normal_scores = torch.empty(0)  # those of `before` may belong to another memory
     model.to(device)
     log = Log(model, images, name)
+    kept = {file: (folder / file).read_bytes() for file in ("train.csv", "defects.png") if before}
     if not before:
         print(f"{name}: backbone {config.backbone}, weights {config.weights}")
         fit(model, images, log)
-    with whole(folder) as unfinished:
-        unfinished.mkdir()
-        if before:
-            for file in ("train.csv", "defects.png"):
-                shutil.copy(folder / file, unfinished)
-        else:
-            log.write(unfinished)
-        model.save(unfinished / "checkpoint.pt")  # before what may need too much memory
+    write_folder(folder, model, log, kept)  # before what may need too much memory
     model.remember(images, model.names, watch)
-    model.save(folder / "checkpoint.pt")
+    write_folder(folder, model, log, kept)  # all of it: another process may have replaced it
     print(f"{name}: wrote {folder / 'checkpoint.pt'}")
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -129,7 +130,9 @@ def exit_code(work, *arguments):
 def run(main):
     """End the process with the exit code of main; 130 after Ctrl-C. Any console shows any name."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not, and shows any name
+            stream.reconfigure(errors="replace")
+    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data and of many pixels
     try:
         sys.exit(exit_code(main))
     except KeyboardInterrupt:

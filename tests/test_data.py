@@ -8,6 +8,7 @@ import itertools
 import os
 import platform
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.error
+import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +53,21 @@ def save(image, path, **options):
 
 
 # ---- folders ------------------------------------------------------------------------------------
+def test_which_categories_are_meant(tmp_path):
+    """`all` is sorted, without hidden folders and those of other kinds; each comes once.
+
+    --demo stands in for what is not given.
+    """
+    for place in ("b/train/good", "a/train/good", ".hidden/train/good", "c/test/good"):
+        (tmp_path / place).mkdir(parents=True)
+    assert images.choose_categories(tmp_path, ["b", "all"]) == ["a", "b"]
+    assert images.choose_categories(tmp_path, ["b", "a", "b"]) == ["b", "a"]
+    for argv, root, names in (("", ROOT / "data/toy", ["all"]),
+                              ("--data x --category felt", Path("x"), ["felt"])):
+        args = files.parse_args(files.make_parser("")[0], ["--demo", *argv.split()])
+        assert (args.data, args.category) == (root, names)
+
+
 def test_images_of_all_suffixes_are_found_at_any_depth_and_others_are_counted(tmp_path, capsys):
     """Suffixes in lower and upper case; hidden files and folders are no files at all."""
     suffixes = ("png", "jpg", "jpeg", "jfif", "bmp", "tif", "tiff", "webp")
@@ -146,11 +163,14 @@ def test_a_cameras_orientation_is_undone(tmp_path, orientation):
     stored = np.ascontiguousarray(STORED[orientation](seen))
     save(seen, tmp_path / "upright.png")
     small = np.array(Image.fromarray(seen[..., 0]).resize((64, 64), Image.NEAREST)) > 0
-    for exif in (exif_bytes(orientation), exif_bytes(orientation, 0x011A, 10, -72, 1),
+    sound = exif_bytes(orientation)
+    for exif in (sound, exif_bytes(orientation, 0x011A, 10, -72, 1),
                  exif_bytes(orientation, 0x9204, 5, 1, 0),
                  exif_bytes(orientation, 0x011A, 5, 1, 1)[:-4]):
-        for form in ("png", "jpg", "webp"):
+        for form in ("png", "jpg", "webp", "tif"):
             path = tmp_path / f"turned.{form}"
+            if form == "tif" and exif != sound:  # Pillow cannot write such ones
+                continue
             Image.fromarray(stored).save(path, quality=100, subsampling=0, lossless=True,
                                          exif=b"Exif\0\0" * (form != "png") + exif)
             read = np.array(images.read_image(path), dtype=float)
@@ -217,8 +237,12 @@ def test_cut_and_too_large_files_are_errors_but_foreign_exif_data_are_none(tmp_p
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(UserError, match=f"image.{form}: too large, .* megapixels; make it smaller"):
         images.read_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # Pillow warns of an attack
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit, match="0"):
+        warnings.simplefilter("always")
+        files.run(lambda: images.read_image(path).size != (64, 64))
+    assert not caught
     monkeypatch.undo()
-    assert images.read_image(path).size == (64, 64)
     path.write_bytes(path.read_bytes()[:path.stat().st_size * 6 // 10])
     with pytest.raises(UserError, match=f"image.{form}: not a readable image .*repair or remove"):
         images.read_image(path)
@@ -318,8 +342,11 @@ def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[0] for line in table] == ["category", "a", "c"]
 
 
-def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace):
-    """Names that differ in the suffix or in the folder only; a folder above --out, twice."""
+def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypatch):
+    """Names that differ in the suffix or in the folder only; a folder above --out, twice.
+
+    Results of other folders stay, also where the one that is predicted has no name.
+    """
     names = ("a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "1/a.png", "2/a.png", "1/a.PNG.bmp")
     for name in names:
         save(NOISE, Path("photos", name))
@@ -330,6 +357,11 @@ def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace):
         folder = Path("photos/runs/part/predictions", target)
         assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
         assert len(list(folder.rglob("heatmaps/**/*.png"))) == count
+    before, root = contents("photos/runs"), Path.cwd().anchor  # as a memory card on Windows
+    monkeypatch.setattr(evaluate, "list_images", lambda *_, **more: [Path("photos/a.png")])
+    assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", root]) == 0
+    after = contents("photos/runs")
+    assert len(after) > len(before) and all(after[path] == before[path] for path in before)
 
 
 # ---- names and messages -------------------------------------------------------------------------
@@ -353,14 +385,15 @@ def test_what_is_missing_is_named(workspace, capsys, monkeypatch):
     assert SCORES.exists()
 
 
-def say(monkeypatch, encoding, main, argv):
-    """Run main as the scripts do, on a console of this encoding: (exit code, the bytes printed)."""
+def say(monkeypatch, encoding, script, argv):
+    """Run a script on a console of this encoding: (exit code, the bytes printed)."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
+        patch.setattr(sys, "argv", [script, *argv])
         with pytest.raises(SystemExit) as end:
-            files.run(lambda: main(argv))
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         for stream in streams:
             stream.flush()
     return end.value.code, streams[0].buffer.getvalue() + streams[1].buffer.getvalue()
@@ -371,8 +404,9 @@ def test_any_name_on_any_console(workspace, monkeypatch):
 
     The table is UTF-8 in any case; pictures and heatmaps are there.
     """
-    for encoding, main in itertools.product(("cp1252", "ascii"), (train.main, evaluate.main)):
-        code, text = say(monkeypatch, encoding, main, ["--help"])
+    scripts = ("train.py", "evaluate.py", "data/make_toy.py")
+    for encoding, script in itertools.product(("cp1252", "ascii"), scripts):
+        code, text = say(monkeypatch, encoding, script, ["--help"])
         assert code == 0 and text.isascii()
     shutil.move("data/part", "data/Φ")
     shutil.move("runs/part", "runs/Φ")
@@ -385,16 +419,24 @@ def test_any_name_on_any_console(workspace, monkeypatch):
     shutil.copy(f"data/Φ/train/good/{names[0]}", "data/Φ/train/good/copy.png")  # it is named
     options = [*OPTIONS, "--category", "Φ"]
     predicted = Path("data/Φ/test/dent", names[-1])
-    for encoding, main, more in (("ascii", train.main, UNTRAINED), ("cp1252", evaluate.main, []),
-                                 ("ascii", evaluate.main, ["--predict", str(predicted)])):
-        assert say(monkeypatch, encoding, main, [*options, *more])[0] == 0
+    for encoding, script, more in (("ascii", "train.py", UNTRAINED), ("cp1252", "evaluate.py", []),
+                                   ("ascii", "evaluate.py", ["--predict", str(predicted)])):
+        assert say(monkeypatch, encoding, script, [*options, *more])[0] == 0
     for folder, count in (("trained", 4), (f"predictions/{names[-1]}", 1)):
         folder = Path("runs/Φ", folder)
         table = (folder / "scores.csv").read_text("utf-8").splitlines()
         assert len(table) == 1 + count == 1 + len(list(folder.rglob("heatmaps/**/*.png")))
         assert {"nearest.png", "overview.png"} <= {path.name for path in folder.iterdir()}
     predicted.write_bytes(b"")
-    assert say(monkeypatch, "ascii", evaluate.main, options)[0] == 2
+    assert say(monkeypatch, "ascii", "evaluate.py", options)[0] == 2
+
+
+def test_a_notebooks_streams_are_left_as_they_are(monkeypatch):
+    """They have no encoding that could be changed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    with pytest.raises(SystemExit, match="0"):
+        files.run(lambda: print("零件"))
 
 
 def test_packages_of_the_same_names_elsewhere_do_not_win(tmp_path):
@@ -516,7 +558,7 @@ MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), Memor
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory_is_one_line(capsys, error):
+def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
     """It names what helps; a RuntimeError of another kind is a fault of ours and stays one."""
     work = Mock(side_effect=error)
     assert files.exit_code(work, "part") == 2
@@ -524,6 +566,9 @@ def test_out_of_memory_is_one_line(capsys, error):
     assert all(word in line for word in ("part", "memory", "--memory-fraction", "--batch-size"))
     with pytest.raises(RuntimeError, match="shape"):
         files.exit_code(Mock(side_effect=RuntimeError("shape")))
+    monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):  # such a file is not to be repaired
+        images.read_images([Path("large.png")], 64)
 
 
 def test_a_training_is_not_lost_where_memory_ends(workspace, monkeypatch, capsys):
@@ -555,6 +600,33 @@ def test_a_training_is_not_lost_where_memory_ends(workspace, monkeypatch, capsys
     assert Path("runs/part/train.csv").exists() and Path("runs/part/defects.png").exists()
     for content in (*kept, after):
         assert all(torch.equal(content["model"][name], expected[name]) for name in expected)
+
+
+def test_two_trainings_at_once_are_not_mixed(workspace, monkeypatch):
+    """One ends while the other scores its normal images: the last wins, with all of its files."""
+    remember, steps = patchae.PatchAE.remember, ["2"]
+
+    def interrupted(*arguments):
+        if steps:
+            assert train.main([*OPTIONS, *TINY, "--steps", steps.pop()]) == 0
+        return remember(*arguments)
+
+    monkeypatch.setattr(patchae.PatchAE, "remember", interrupted)
+    assert train.main([*OPTIONS, *TINY, "--steps", "1"]) == 0
+    content = torch.load(CHECKPOINT, weights_only=True)
+    assert content["config"]["steps"] == 1 and len(content["normal_scores"]) == 6
+    assert Path("runs/part/train.csv").read_text().splitlines()[-1].startswith("1,")
+
+
+@pytest.mark.parametrize("number, argv", [(6, UNTRAINED), (1, [*TINY, "--steps", "0"])])
+def test_what_is_finished_stays_where_there_is_no_threshold(workspace, number, argv):
+    """None was asked for, or one image has nothing to be compared with: evaluations stay, too."""
+    for path in sorted(GOOD.iterdir())[number:]:
+        path.unlink()
+    assert train.main([*OPTIONS, *argv]) == 0
+    SCORES.parent.mkdir()
+    assert train.main([*OPTIONS, *argv, "--skip-finished"]) == 0
+    assert SCORES.parent.exists()
 
 
 # ---- whole --------------------------------------------------------------------------------------
@@ -688,6 +760,8 @@ def test_the_only_copy_is_never_removed(tmp_path, monkeypatch):
         make(part)
     assert not part.exists()
     make(other)
+    with pytest.raises(KeyboardInterrupt), files.whole(part):
+        raise KeyboardInterrupt  # the next run does not get far
     assert [path.read_text() for path in tmp_path.rglob(".before*/b")] == ["old"]
     make(part)
     make(part)

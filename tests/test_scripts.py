@@ -4,7 +4,6 @@ The oracles take vectors from the model; all else is NumPy, scikit-learn, Pillow
 """
 import csv
 import dataclasses
-import io
 import itertools
 import math
 import re
@@ -20,7 +19,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (CHECKPOINT, GOOD, OPTIONS, ROOT, TEST, TINY, draw_dataset, fails,
                       random_states, seed_all, watch)
 from PIL import Image, ImageDraw, ImageOps
@@ -31,6 +29,7 @@ import evaluate
 import patchae
 import train
 from data import images, make_toy
+from data.images import list_test
 from patchae import DEMO, Config, PatchAE
 
 DARK_TO_GLOWING = np.array([[0, 0, 60], [90, 20, 130], [220, 60, 60], [255, 160, 30],
@@ -159,6 +158,7 @@ def train_and_look(*argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patchae, "build_model", build)
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(train, "CHECKED", 1)  # to save time
         losses = watch(patch, patchae, "training_loss")
         looked = watch(patch, PatchAE, "features")
         run(train.main, *argv)
@@ -170,6 +170,7 @@ def train_and_look(*argv):
         "inputs": flat(*(t for (_, image, mask, *_), _ in losses for t in (image, mask))),
         "first loss": flat(losses[0][1]), "losses": flat(*(loss for _, loss in losses)),
         "memory": flat([len(one) for one in memory]),
+        "checked": flat(np.hsplit(pixels("runs/part/defects.png"), 2)[0]),  # normal, defected
         "at once": flat(max(len(image) for (_, image, *_), _ in looked))}
 
 
@@ -185,7 +186,7 @@ TRAIN_OPTIONS = {
     "--backbone resnet50": {*BACKBONE, "encoder at start", "decoder at start"},
     "--weights other.pt": BACKBONE,
     "--layers 1": {*BACKBONE, "encoder at start", "decoder at start"},
-    "--image-size 96": {"images", "inputs", "memory", "first loss", *TRAINED},
+    "--image-size 96": {"images", "inputs", "checked", "memory", "first loss", *TRAINED},
     "--patch-size 8": {"decoder at start", "memory", "first loss", *TRAINED},
     "--neighbourhood 1": {"first loss", *TRAINED},
     "--start random": {"encoder at start", "first loss", *TRAINED},
@@ -199,9 +200,8 @@ TRAIN_OPTIONS = {
     "--lr 0.01": TRAINED,
     "--encoder-lr 0.01": TRAINED,
     "--threshold-images 3": {"scores"},
-    "--seed 1": {*BACKBONE, "decoder at start", "inputs"},
-    "--batch-size 2": {"at once"},
-    "--device auto": set(),
+    "--seed 1": {*BACKBONE, "decoder at start", "inputs", "checked"},
+    "--batch-size 2 --device auto": {"at once"},
 }
 
 
@@ -250,9 +250,8 @@ def evaluate_and_look(*argv):
 
 PICTURES = {"heatmaps", "overview"}
 EVALUATE_OPTIONS = {
-    "--quantile 0.01": {"threshold", "overview"},  # its legend; no score lies in between
-    "--batch-size 2": {"at once"},
-    "--device auto": set(),
+    "--quantile 0.01": {"threshold", "verdicts", *PICTURES},
+    "--batch-size 2 --device auto": {"at once"},
     "--test test_b": {"folder", "scores", "verdicts", "pixel_auroc", "aupro", *PICTURES},
     "--method reconstruction": {"folder", "scores", "threshold", "verdicts", "pixel_auroc",
                                 "aupro", *PICTURES}}
@@ -260,7 +259,7 @@ EVALUATE_OPTIONS = {
 
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
-    """A folder with a second, darker test set, and what evaluate.py without options gives there."""
+    """A folder with a second, darker test set and normal scores far apart; a plain run there."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "copy")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -268,6 +267,9 @@ def evaluated(trained, tmp_path_factory):
         shutil.copytree(MASKS, "data/part/ground_truth_b/dent")
         for path in Path("data/part/test_b").rglob("*.png"):
             Image.fromarray((0.9 * pixels(path)).astype(np.uint8)).save(path)
+        content = checkpoint()
+        content["normal_scores"] *= torch.arange(6)
+        torch.save(content, CHECKPOINT)
         return folder, evaluate_and_look()
 
 
@@ -317,6 +319,7 @@ def test_the_demo_has_settings_of_its_own_and_options_win():
     assert train.parse(["--demo"])[1] == DEMO != Config()
     assert train.parse(["--demo", "--steps", "7", "--no-finetune-backbone"])[1] == (
         dataclasses.replace(DEMO, steps=7, finetune_backbone=False))
+    assert train.parse(["--layers", "3", "1", "3"])[1].layers == (1, 3)
     args = evaluate.parse(["--demo"])
     assert (args.method, args.test) == (["raw", "trained"], ["test", "test_faint"])
     assert (args.data, args.category) == (ROOT / "data/toy", ["all"])
@@ -327,8 +330,8 @@ def test_the_demo_has_settings_of_its_own_and_options_win():
 
 # ---- train.py -----------------------------------------------------------------------------------
 def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, monkeypatch):
-    """Equal in every byte that is no time, from another state of each generator, which it
-    leaves."""
+    """Equal but for the seconds, from another state of each generator, which stays as it is."""
+    shutil.copytree(TEST / "dent", "data/part/train/dent")
     normal, before = sorted(GOOD.iterdir()), checkpoint()
     picture, log = Path("runs/part/defects.png").read_bytes(), rows("runs/part/train.csv")
     seed_all(7)
@@ -402,46 +405,58 @@ def test_a_loss_that_is_no_number_stops_the_training(workspace):
 
 
 def test_a_training_replaces_all_that_was_there_before(workspace, capsys):
-    """Also the evaluations, whose numbers are those of another model; but nothing that is no
-    result."""
-    run(evaluate.main, "--method", "raw", "trained")
-    run(evaluate.main, "--predict", TEST)
+    """Also evaluations, whose numbers are those of another model; but nothing that is no result."""
+    for folder in ("trained", "raw-test_faint", "predictions/photos"):
+        Path("runs/part", folder).mkdir(parents=True)
+        Path("runs/part", folder, "result.csv").write_text("old")
     run(train.main, "--steps", 1)
     assert {path.name for path in Path("runs/part").iterdir()} == {
         "checkpoint.pt", "train.csv", "defects.png"}
-    Path("runs/part/train.csv").unlink()
-    Path("runs/part/letter.txt").write_text("dear")
+    Path("runs/part/train.csv").rename("runs/part/letter.txt")
     fails(capsys, train.main, [*OPTIONS, *TINY], "--out runs", Path("runs/part"))
     assert Path("runs/part/letter.txt").exists()
 
 
-def test_skip_finished(workspace, monkeypatch):
-    """The same images and options: left as it is. Those of memory and threshold: no training."""
-    trained, remembered = Mock(), watch(monkeypatch, PatchAE, "remember")
+def test_skip_finished(workspace, monkeypatch, capsys):
+    """The same images and options: left as it is. Those of memory and threshold: no training.
+
+    Where the normal images do not fit into memory, the training is there, and is not repeated.
+    """
+    trained, remember, remembered = Mock(), PatchAE.remember, Mock()
     monkeypatch.setattr(train, "fit", trained)
+    monkeypatch.setattr(PatchAE, "remember", lambda *a: (remembered(), remember(*a)))
     before, log = checkpoint(), Path("runs/part/train.csv").read_bytes()
 
-    def calls(*argv):
+    def calls(*argv, code=0):
         """How often it trained and remembered in this run."""
         trained.reset_mock()
-        remembered.clear()
-        run(train.main, "--skip-finished", *argv)
-        return trained.call_count, len(remembered)
+        remembered.reset_mock()
+        run(train.main, "--skip-finished", *argv, code=code)
+        return trained.call_count, remembered.call_count
 
-    assert calls() == (0, 0)
     few = ("--threshold-images", 3, "--memory-fraction", 0.5)
-    assert calls(*few) == (0, 1) and calls(*few) == (0, 0)
+    assert calls() == (0, 0)
+    remembered.side_effect = torch.OutOfMemoryError("out of memory")
+    assert calls(*few, code=2) == (0, 1) and not len(checkpoint()["normal_scores"])
+    remembered.side_effect = None
+    assert calls(*few) == (0, 1)
     after = checkpoint()
     assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
     assert after["config"] == {**before["config"], "threshold_images": 3, "memory_fraction": 0.5}
     assert len(after["normal_scores"]) == 3 and log == Path("runs/part/train.csv").read_bytes()
-    assert calls("--lr", 0.5) == (1, 1) and calls("--lr", 0.5) == (0, 0)
+    remembered.side_effect = torch.OutOfMemoryError("out of memory")
+    capsys.readouterr()
+    assert calls("--lr", 0.5, code=2) == (1, 1)
+    assert re.search("^error: part: .*--memory-fraction.*--batch-size", capsys.readouterr().err)
+    remembered.side_effect = None
+    assert calls("--lr", 0.5) == (0, 1)
     shutil.copy(GOOD / "000.png", GOOD / "one_more.png")
     assert calls("--lr", 0.5) == (1, 1)
     Image.fromarray((0.9 * pixels(GOOD / "000.png")).astype(np.uint8)).save(GOOD / "000.png")
-    assert calls("--lr", 0.5) == (1, 1) and calls("--lr", 0.5) == (0, 0)
-    CHECKPOINT.unlink()
     assert calls("--lr", 0.5) == (1, 1)
+    CHECKPOINT.unlink()
+    none = ("--threshold-images", 0)  # then there is none to be made
+    assert [calls(*none), calls(*none)] == [(1, 1), (0, 0)]
 
 
 @pytest.mark.parametrize("most, chosen", [(100, np.s_[:]), (4, np.s_[::2])])
@@ -458,7 +473,7 @@ def test_the_threshold_is_a_quantile_of_leave_one_out_scores(workspace, capsys, 
     expected = image_scores(anomaly_maps([]))[chosen]
     assert checkpoint()["normal_scores"].tolist() == pytest.approx(expected, rel=1e-3)
     capsys.readouterr()
-    run(evaluate.main, "--quantile", 0.7)
+    evaluate.load_model("part", evaluate.parse(["--quantile", "0.7"]), "cpu")
     line = (r"part: threshold (.*), the 0.7 quantile of the scores of (.*) normal images; "
             r"if they are independent, expect (.*)% false alarms\n")
     found = re.search(line, capsys.readouterr().out)
@@ -495,47 +510,38 @@ def test_aupro_by_another_route():
 
 
 def test_what_cannot_be_measured_is_said(workspace, capsys):
-    """No mask, none at all, a mask upside down; only one class."""
-    def look(*argv):
-        capsys.readouterr()
-        run(evaluate.main, *argv)
-        row, = rows("runs/results.csv")
-        *lines, last = capsys.readouterr().out.splitlines()
-        metrics = [float(row[name]) for name in ("image_auroc", "pixel_auroc", "aupro")]
-        printed = ["undefined" if math.isnan(m) else f"{m:.1%}" for m in metrics]
-        assert last.split()[3:6] == printed
-        return metrics, lines
+    """A defective image without a mask is left out; no mask at all, one upside down, one class."""
+    def measure(kept=(0, 1, 2, 3)):
+        """The metrics of these of the test images, with the same random maps, and what is said."""
+        samples = list_test(Path("data/part"))
+        maps = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(0))
+        numbers = evaluate.pixel_metrics([samples[n] for n in kept], maps[list(kept)], 64)
+        return numbers, capsys.readouterr().out.strip()
 
-    for path in TEST.rglob("*.png"):  # darker, so that not all is found
-        Image.fromarray((0.9 * pixels(path)).astype(np.uint8)).save(path)
-    with_all, _ = look()
-    mask = (MASKS / "001_mask.png").rename("kept.png")
-    without_one, lines = look()
-    assert ("pixel metrics: 1 defective images have no mask, left out; looked for ground_truth/"
-            "TYPE/STEM.png, STEM_mask.png or STEM_mask_*.png") in lines
-    Path(TEST / "dent/001.png").rename("kept_image.png")
-    assert look()[0] == [pytest.approx(m) for m in without_one] != with_all
-    Path("kept_image.png").rename(TEST / "dent/001.png")
-    ImageOps.invert(Image.open(mask)).save(MASKS / "001.png")
-    assert f"{MASKS / '001.png'}: more than half of the image is a defect; is it inverted?" in (
-        look()[1])
+    both, nothing = measure()
+    mask = (MASKS / "000_mask.png").rename("kept.png")
+    one, said = measure()
+    assert one == measure((1, 2, 3))[0] != both and nothing == ""
+    assert said == ("pixel metrics: 1 defective images have no mask, left out; looked for "
+                    "ground_truth/TYPE/STEM.png, STEM_mask.png or STEM_mask_*.png")
+    ImageOps.invert(Image.open(mask)).save(MASKS / "000.png")
+    assert measure()[1] == (
+        f"{MASKS / '000.png'}: more than half of the image is a defect; is it inverted?")
     shutil.rmtree(MASKS)
-    metrics, lines = look()
-    assert "pixel metrics: undefined (no mask shows a defect)" in lines
-    assert metrics == [with_all[0], pytest.approx(math.nan, nan_ok=True),
-                       pytest.approx(math.nan, nan_ok=True)]
-    for folder, other in (("good", "dent"), ("dent", "good")):
+    for folder, kind in (("good", "good"), ("dent", "defective")):
         shutil.move(TEST / folder, "moved")
-        metrics, lines = look()
-        kind = "good" if folder == "good" else "defective"
+        run(evaluate.main)
+        *lines, row = capsys.readouterr().out.splitlines()
         assert f"image AUROC: undefined (test/ has no {kind} images)" in lines
-        assert math.isnan(metrics[0])
+        assert "pixel metrics: undefined (no mask shows a defect)" in lines
+        assert row.split()[3:6] == ["undefined"] * 3
+        result, = rows("runs/results.csv")
+        assert [result[name] for name in ("image_auroc", "pixel_auroc", "aupro")] == ["nan"] * 3
         shutil.move("moved", TEST / folder)
 
 
 def test_results_of_all_categories_by_hand(tmp_path, capsys):
-    """results.csv keeps every row, as it is; what was asked for is printed in per cent, with its
-    mean."""
+    """results.csv keeps every row; what was asked for is printed in per cent, with its mean."""
     header = ("category,test_set,method,image_auroc,pixel_auroc,aupro,seconds_per_image,threshold,"
               "seed,backbone,weights")
     table = ["a,test,raw,0.5,0.9,nan,1.0,nan,0,resnet18,random",
@@ -561,8 +567,7 @@ def test_results_of_all_categories_by_hand(tmp_path, capsys):
 
 # ---- evaluate.py: pictures ----------------------------------------------------------------------
 def strip(width, *texts):
-    """24 rows of white with black texts (x, y, text) as Pillow draws them; "ma": x is the
-    middle."""
+    """24 white rows with black texts (x, y, text) as Pillow draws them; "ma": x is the middle."""
     image = Image.new("RGB", (width, 24), "white")
     for x, y, text, *anchor in texts:
         ImageDraw.Draw(image).text((x, y), text, "black", font_size=12, anchor=(*anchor, None)[0])
@@ -631,63 +636,57 @@ def framed_place(cell, side):
     """The place that the red frame in a cell of side × side places surrounds."""
     red = (cell == (255, 0, 0)).all(axis=2)
     assert red.any()
-    return [round((where.min() + 1) * side / 160) for where in np.nonzero(red)]
+    return tuple(round((where.min() + 1) * side / 160) for where in np.nonzero(red))
 
 
 def surroundings(picture, place):
-    """The 7 × 7 patches around a place, or as near to it as the border allows; its place in
-    them."""
+    """The 7 × 7 patches around a place, or as near as the border allows; its place in them."""
     top, left = (min(max(i - 3, 0), 9) for i in place)
     part = picture[4 * top:4 * top + 28, 4 * left:4 * left + 28]
-    return part, [place[0] - top, place[1] - left]
+    return part, (place[0] - top, place[1] - left)
 
 
-def check_nearest(folder, paths, maps, method, whole=True):
+def check_nearest(folder, paths, method, whole=True):
     """nearest.png: for each image the worst patch, its drawing, the normal patch, each framed.
 
-    The distance between the two patches that are framed is the one that the title names, and the
-    smallest there is, if the memory is whole.
+    The distance between the two patches that are framed is the one that the title names. It is the
+    largest of the image's map if the memory is whole, and more if vectors of it are missing.
     """
-    normal = {path.name: path for path in sorted(GOOD.iterdir())}
-    memory = vectors(normal.values(), method)
-    sheet = pixels(folder / "nearest.png")
+    normal = sorted(GOOD.iterdir())
+    found, pictures = vectors([*paths, *normal], method), drawn(paths)
+    queries, memory = found[:len(paths)], found[len(paths):]
+    sheet, farther = pixels(folder / "nearest.png"), []
     titles = ["image", "worst patch", "drawn from R", "nearest normal", "in its image"]
     titles = [title for title in titles if method != "raw" or title != "drawn from R"]
     assert sheet.shape == (212 * len(paths), 164 * len(titles), 3)
-    for n, (path, anomaly_map) in enumerate(zip(paths, maps)):
+    for n, (path, anomaly_map) in enumerate(zip(paths, distances(queries, memory))):
         row = sheet[212 * n:212 * (n + 1)]
         cells = [row[48:208, 164 * x:164 * x + 160] for x in range(len(titles))]
         for x, title in enumerate(titles):
             assert np.array_equal(row[24:48, 164 * x:164 * x + 160], strip(160, (4, 0, title)))
         worst, place = framed_place(cells[0], 16), framed_place(cells[-1], 16)
-        query = vectors([path], method)[0][tuple(worst)]
-        choices = {name: np.linalg.norm(query - memory[m][tuple(place)])
-                   for m, name in enumerate(normal)}
-        name, = [name for name, distance in choices.items() if np.array_equal(row[:24], strip(
+        apart = np.linalg.norm(queries[n][worst] - memory[(slice(None), *place)], axis=1)
+        number, = [m for m, file in enumerate(normal) if np.array_equal(row[:24], strip(
             row.shape[1], (4, 4, f"{path.parent.name}/{path.name}: worst patch at distance "
-                                 f"{distance:.2f} from normal {name}")))]
-        image, chosen = pixels(path, (64, 64)), pixels(normal[name])
-        if whole:
-            assert anomaly_map[tuple(worst)] == pytest.approx(anomaly_map.max(), rel=1e-3)
-            assert choices[name] == pytest.approx(anomaly_map.max(), rel=1e-3)
-        assert choices[name] > anomaly_map[tuple(worst)] * 0.999
-        expected = [(image, worst), surroundings(image, worst),
-                    surroundings(drawn([path])[0], worst), surroundings(chosen, place),
-                    (chosen, place)]
-        for cell, (picture, spot) in zip(cells, expected if method != "raw" else
-                                         expected[:2] + expected[3:]):
-            assert framed_place(cell, len(picture) // 4) == list(spot)
-            large = Image.fromarray(picture.astype(np.uint8)).resize((160, 160))
-            assert np.median(abs(cell - np.array(large))) < 2
+                                 f"{apart[m]:.2f} from normal {file.name}")))]
+        farther.append(apart[number] / anomaly_map.max())
+        image, chosen = pixels(path, (64, 64)), pixels(normal[number])
+        shown = [(image, worst), surroundings(image, worst), surroundings(pictures[n], worst),
+                 surroundings(chosen, place), (chosen, place)]
+        if method == "raw":
+            del shown[2]
+        for cell, (picture, spot) in zip(cells, shown, strict=True):
+            assert framed_place(cell, len(picture) // 4) == spot
+            large = np.array(Image.fromarray(picture.astype(np.uint8)).resize((160, 160)))
+            assert abs(cell - large)[(cell != (255, 0, 0)).any(axis=2)].mean() < 1
+    assert farther == pytest.approx(np.ones(len(paths)), rel=1e-3) if whole else min(farther) > 1.01
 
 
 @pytest.mark.parametrize("method", ["trained", "raw", "reconstruction"])
 def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
-    """Scores, metrics, tables, pictures and all that is printed; read four at a time, 3 s each
-    time.
+    """Scores, metrics, tables, pictures and all that is printed; read in parts of 4, 3 s each.
 
-    Among the good images are a copy of a defective one, which is a false alarm, and of a normal
-    one.
+    Among the good images are copies of a defective one, a false alarm, and of a normal one.
     """
     shutil.copy(TEST / "dent/000.png", TEST / "good/002.png")
     shutil.copy(GOOD / "003.png", TEST / "good/003.png")
@@ -699,9 +698,11 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     monkeypatch.setattr(evaluate, "PART", 4)
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=itertools.count(0, 3).__next__))
     parts, states = watch(monkeypatch, evaluate, "read_readable"), random_states()
+    built = watch(monkeypatch, PatchAE, "build_memory")
     run(evaluate.main, "--method", method)
     assert random_states() == states
     assert [len(part) for (part, *_), _ in parts] == [4, 2]
+    assert len(built) == (method != "reconstruction")
     out, err = capsys.readouterr()
     maps, folder = anomaly_maps(paths, method), Path("runs/part", method)
     scores, large = image_scores(maps), np.stack([enlarged(one, (64, 64)) for one in maps])
@@ -734,70 +735,114 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     if method == "reconstruction":
         assert not (folder / "nearest.png").exists()
     else:
-        check_nearest(folder, [paths[n] for n in explained], maps[explained], method)
+        check_nearest(folder, [paths[n] for n in explained], method)
 
 
-@pytest.mark.parametrize("fraction", [1, 0.1])
-def test_predictions(workspace, capsys, fraction):
-    """Folders and files together, of any shape and depth: tables, pictures, what is printed.
+def test_what_is_explained_by_hand():
+    """The worst of each type, then other defective images, six; then good ones above 1.5."""
+    scores = np.array([3, 8, 7, 6, 5, 4, 9, 2, 10, 1])
+    kinds = ["dent"] * 7 + ["dirt", "good", "good"]
+    assert evaluate.choose_explained(scores, kinds, 1.5) == [6, 7, 1, 2, 3, 4, 8]
+    assert evaluate.choose_explained(scores, kinds, math.nan) == [6, 7, 1, 2, 3, 4]
 
-    A second prediction has a folder of its own. One image is judged as it is among others.
+
+def test_predictions(workspace, capsys):
+    """Images of any depth, shape and name, one of them broken: twelve are shown, six explained.
+
+    What lies in --out is not scored. A second prediction has a folder of its own, and an image is
+    judged as it is among others.
     """
+    names = {"dent.png": "dent.png", "a.jpg": "a.jpg.png", "a.jpg.png": "a.jpg.png.png",
+             "sub/a.png": "sub/a.png", "wide.PNG": "wide.PNG.png", "z.png": "z.png",
+             **{f"sub/{n}.png": f"sub/{n}.png" for n in range(8)}}
     Path("photos/sub").mkdir(parents=True)
-    names = {"dent.png": "dent/000.png", "other.png": "dent/001.png",
-             "sub/other.png": "good/001.png"}
-    for name, source in names.items():
-        shutil.copy(TEST / source, f"photos/{name}")
-    Image.open(TEST / "good/000.png").resize((2100, 900)).save("photos/broad.JPG")
-    if fraction < 1:
-        run(train.main, "--skip-finished", "--memory-fraction", fraction)
-    shutil.move("data/part/train", "train_images")  # the checkpoint is enough
-    capsys.readouterr()
-    assert evaluate.main("--category part --predict photos --device cpu".split()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    shutil.move("train_images", "data/part/train")
-    paths = [Path("photos", name) for name in (*names, "broad.JPG")]
-    folder = Path("runs/part/predictions/photos")
-    threshold = np.quantile(checkpoint()["normal_scores"], 0.99)
-    table = rows(folder / "scores.csv")
-    shown = [Path(row["path"]) for row in table]
-    if fraction == 1:
-        maps = anomaly_maps(paths)
-        check_pictures(folder, [*names, "broad.JPG.png"], paths, maps, threshold, shown)
-        assert pixels(folder / "heatmaps/broad.JPG.png").shape == (439, 1024, 3)
-        check_nearest(folder, shown, [maps[paths.index(path)] for path in shown], "trained")
-    else:
-        check_nearest(folder, shown, [pixels(path)[::4, ::4, 0] * 0 for path in shown], "trained",
-                      whole=False)
-    words = {"True": "anomalous", "False": "normal"}
-    assert [line.split() for line in lines[-5:-1]] == [
-        [f"{float(row['score']):.4f}", words[row["is_anomalous"]], row["path"]] for row in table]
-    count = [row["is_anomalous"] for row in table].count("True")
-    assert lines[-1] == f"part: 4 images, {count} anomalous; wrote {folder}"
-    run(evaluate.main, "--predict", "photos/other.png", "photos/sub")
-    again = rows("runs/part/predictions/other.png-and-1-more/scores.csv")
-    assert again == [row for row in table if "other" in row["path"]] and len(again) == 2
-    run(evaluate.main, "--predict", "photos", "--method", "raw")
-    assert rows(folder / "scores.csv") == table
-    raw = rows("runs/part/predictions/photos-raw/scores.csv")
-    assert {row["is_anomalous"] for row in raw} == {""}
+    shutil.copytree("runs", "photos/runs")
+    for n, name in enumerate(names):
+        normal = (pixels(GOOD / "000.png") * (n + 1) + pixels(GOOD / "001.png") * (16 - n)) / 17
+        image = Image.fromarray((normal * (1 if n < 9 else 1 - n / 50)).astype(np.uint8))
+        image.resize((1500, 900) if name == "wide.PNG" else (64, 64)).save(f"photos/{name}")
+    shutil.copy(TEST / "dent/000.png", "photos/dent.png")
+    shutil.copy(GOOD / "003.png", "photos/z.png")
+    Path("photos/broken.png").write_bytes(b"no image")
+    Path("photos/runs/part/old.png").write_bytes(b"no image")
+    shutil.move("data", "moved")  # the checkpoint is enough
+    argv = "--category all --device cpu --out photos/runs --predict".split()
+    assert evaluate.main([*argv, "photos"]) == 2
+    out, err = capsys.readouterr()
+    shutil.move("moved", "data")
+    assert re.fullmatch(r"error: photos.broken.png: not a readable image .*\n", err)
+    paths, folder = [Path("photos", name) for name in names], Path("photos/runs/part/predictions")
+    maps, threshold = anomaly_maps(paths), np.quantile(checkpoint()["normal_scores"], 0.99)
+    table = rows(folder / "photos/scores.csv")
+    ranked, words = [Path(row["path"]) for row in table], {"True": "anomalous", "False": "normal"}
+    check_pictures(folder / "photos", names.values(), paths, maps, threshold, ranked[:12])
+    check_nearest(folder / "photos", ranked[:6], "trained")
+    assert Image.open(folder / "photos/heatmaps/wide.PNG.png").size == (1024, 614)
+    anomalous = (image_scores(maps) > threshold).sum()
+    assert 0 < anomalous < 12
+    assert out.splitlines()[2] == "part: 1 images are identical to normal training images"
+    assert [line.split() for line in out.splitlines()[3:]] == [
+        *([f"{float(row['score']):.4f}", words[row["is_anomalous"]], row["path"]]
+          for row in table[:12]),
+        f"part: 14 images, {anomalous} anomalous; wrote {folder / 'photos'}".split()]
+    assert evaluate.main([*argv, "photos/sub", "photos/z.png", "photos/sub/a.png"]) == 0
+    again = rows(folder / "sub-and-2-more/scores.csv")
+    assert again == [row for row in table if "sub" in row["path"] or "z.png" in row["path"]]
+    assert evaluate.main([*argv, "photos/z.png", "--method", "raw", "trained"]) == 0
+    assert capsys.readouterr().out.count("undecided") == 1
+    assert {path.name for path in folder.iterdir()} == {
+        "photos", "sub-and-2-more", "z.png", "z.png-raw"}
+    run(train.main, "--skip-finished", "--memory-fraction", 0.01, "--threshold-images", 0)
+    run(evaluate.main, "--predict", TEST)
+    assert {row["is_anomalous"] for row in rows("runs/part/predictions/test/scores.csv")} == {""}
+    ranked = [Path(row["path"]) for row in rows("runs/part/predictions/test/scores.csv")]
+    check_nearest(Path("runs/part/predictions/test"), ranked, "trained", whole=False)
 
 
 # ---- terminals, devices, importing, what is written about the scripts ---------------------------
-def test_progress_on_a_terminal_and_on_a_pipe(monkeypatch):
-    """Per cent and the seconds left, by a clock that says 2 s for each item; a pipe gets
-    nothing."""
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    """Per cent and the seconds left, by a clock that says 2 s for each item."""
     clock = itertools.count(0, 2).__next__
     monkeypatch.setattr(images, "time", SimpleNamespace(monotonic=clock))
-    for terminal in (True, False):
-        stream = io.StringIO()
-        monkeypatch.setattr(stream, "isatty", lambda: terminal)
-        monkeypatch.setattr(sys, "stderr", stream)
-        assert list(images.progress("part", range(4))) == [0, 1, 2, 3]
-        assert list(images.progress("part", [])) == []
-        seen = re.findall(r"\rpart: (\d+) %, (\d+) s left", stream.getvalue())
-        assert seen == [("25", "6"), ("50", "4"), ("75", "2"), ("100", "0")] * terminal
-        assert stream.getvalue().endswith("\n" * terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert [*images.progress("part", range(4)), *images.progress("part", [])] == [0, 1, 2, 3]
+    assert "".join(capsys.readouterr()) == "".join(
+        f"\rpart: {done}   " for done in ("25 %, 6 s left", "50 %, 4 s left", "75 %, 2 s left",
+                                          "100 %, 0 s left")) + "\n"
+
+
+def test_where_data_come_from_and_where_results_go(tmp_path, monkeypatch, capsys):
+    """Three categories on a terminal: one that fails leaves the others, and the exit code is 2.
+
+    Nothing is written but to --out, and a mean is printed of what was asked for.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, count in (("a", 2), ("b", 3), ("c", 4)):
+        draw_dataset(tmp_path / "set", name, train=count, good=1, bad=1)
+    Path("set/c/train/good/broken.png").write_bytes(b"no image")
+    options = "--data set --out results --device cpu --category".split()
+    assert train.main([*options, "b/", "c", "a", "b", *TINY, "--steps", "0"]) == 2
+    assert {path.name for path in Path("results").iterdir()} == {"a", "b"}
+    assert [len(checkpoint(f"results/{name}/checkpoint.pt")["images"]) for name in "ab"] == [2, 3]
+    out, terminal = capsys.readouterr()
+    assert re.findall(r"(\w): (?:\d normal|wrote)", out) == ["b", "b", "a", "a"]
+    assert evaluate.main([*options, "all"]) == 2
+    out, error = capsys.readouterr()
+    terminal += error
+    line, = [line for line in error.splitlines() if line.startswith("error")]
+    assert str(Path("results/c/checkpoint.pt")) in line
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["a", "b", "mean"]
+    assert evaluate.main([*options, "b"]) == 0
+    out, error = capsys.readouterr()
+    assert out.splitlines()[-2].startswith("category") and out.splitlines()[-1].startswith("b ")
+    assert [row["category"] for row in rows("results/results.csv")] == ["a", "b"]
+    assert evaluate.main(["--out", "results", "--category", "all", "--predict", "set/c/test"]) == 0
+    terminal += error + capsys.readouterr().err
+    assert all(Path("results", name, "predictions/test/scores.csv").exists() for name in "ab")
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "results"}
+    for what in ("b", "a", "b test trained", "b trained", "a trained"):
+        assert re.search(rf"\r{what}: 100 %, 0 s left   \n", terminal)
 
 
 @pytest.mark.parametrize("there, asked, chosen", [
@@ -805,8 +850,7 @@ def test_progress_on_a_terminal_and_on_a_pipe(monkeypatch):
     (("mps", "cuda"), "mps", "mps"), (("cuda",), "cpu", "cpu"), (("mps",), "cuda", None),
     (("cuda",), "mps", None)])
 def test_the_device(monkeypatch, capsys, there, asked, chosen):
-    """The one asked for, or an error; auto never takes an Apple GPU. It is printed; cuDNN is
-    exact."""
+    """The one asked for, or an error; auto never takes an Apple GPU. It is said; cuDNN is exact."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
     for name in ("allow_tf32", "deterministic"):  # whatever it was before
@@ -820,24 +864,23 @@ def test_the_device(monkeypatch, capsys, there, asked, chosen):
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
 
 
-def test_everything_is_computed_where_the_model_is(workspace, monkeypatch):
-    """Images go there in parts, as 8 bits; only maps come back. The device is called meta here."""
-    model = PatchAE.load(CHECKPOINT).to("meta")
-    assert model.device.type == "meta"
-    batches = [batch for batch in model.batches(model.images)]
-    assert [len(batch) for batch in batches] == [6] and batches[0].device.type == "meta"
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
-    built = []
+def test_everything_is_computed_on_the_device(workspace, monkeypatch):
+    """Meta, a device without numbers, stands for a GPU: it refuses tensors of the CPU."""
+    for name, value in (("cpu", lambda t: torch.zeros(t.shape)), ("item", lambda t: 0),
+                        ("__bool__", lambda t: True)):
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *_, real=getattr(torch.Tensor, name),
+                            value=value: value(t) if t.is_meta else real(t))
     monkeypatch.setattr(patchae, "choose_device", lambda name: torch.device("meta"))
-    monkeypatch.setattr(train, "fit", lambda model, *_: built.append(model.device.type))
-    monkeypatch.setattr(train.Log, "write", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(train.main)
-    monkeypatch.setattr(PatchAE, "build_memory", lambda self, *_: built.append(self.device.type))
-    monkeypatch.setattr(PatchAE, "anomaly_maps", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(evaluate.main)
-    assert built == ["meta", "meta"]
+    names = ("training_loss", "nearest_distance", "patch_error")
+    calls = [watch(monkeypatch, patchae, name) for name in names]
+    shutil.copytree("runs", "trained/runs")
+    run(train.main, "--steps", 1, "--threshold-images", 1)
+    evaluated, image = ("--out", "trained/runs"), TEST / "dent/000.png"
+    run(evaluate.main, *evaluated)
+    run(evaluate.main, *evaluated, "--predict", image, "--method", *patchae.METHODS)
+    tensors = [tensor for one in calls for (arguments, _) in one for argument in arguments
+               for tensor in (argument if isinstance(argument, list) else [argument])]
+    assert all(calls) and all(tensor.is_meta for tensor in tensors if torch.is_tensor(tensor))
 
 
 @pytest.mark.parametrize("name", ["patchae.py", "train.py", "evaluate.py", "data/images.py",
@@ -854,16 +897,23 @@ def test_importing_has_no_effect(tmp_path, monkeypatch, capsys, name):
 def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch, capsys):
     """Both scripts with --demo; fewer and smaller images to save time."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=AssertionError))
-    for name in ("TRAIN", "GOOD", "PER_DEFECT"):
-        monkeypatch.setattr(make_toy, name, 1)
+    for name, count in (("TRAIN", 2), ("GOOD", 1), ("PER_DEFECT", 1)):
+        monkeypatch.setattr(make_toy, name, count)
+    for name, (draw, defects) in make_toy.CATEGORIES.items():
+        monkeypatch.setitem(make_toy.CATEGORIES, name, (draw, defects[:1]))
+    built = watch(monkeypatch, PatchAE, "build_memory")
     argv = ["--demo", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "runs"), "--device",
             "cpu"]
     assert train.main([*argv, "--steps", "1", "--image-size", "64"]) == evaluate.main(argv) == 0
-    found = [(row["category"], row["test_set"], row["method"])
-             for row in rows(tmp_path / "runs/results.csv")]
+    table = rows(tmp_path / "runs/results.csv")
+    found = [(row["category"], row["test_set"], row["method"]) for row in table]
+    assert all((row["threshold"] == "nan") == (row["method"] == "raw") for row in table)
     assert sorted(found) == sorted(itertools.product(
         ["felt", "flange"], ["test", "test_faint"], ["raw", "trained"]))
+    config = checkpoint(tmp_path / "runs/felt/checkpoint.pt")["config"]
+    assert config == dataclasses.asdict(dataclasses.replace(DEMO, steps=1, image_size=64))
     assert capsys.readouterr().out.count("mean") == 4
+    assert len(built) == 2 + 4  # by train.py; for each method once, whatever the test sets
 
 
 def quoted_commands():
@@ -895,13 +945,18 @@ def test_quoted_commands_are_understood(monkeypatch):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """The lines as they stand there, on a smaller toy set and with fewer steps: each of the images
-    that are asked for is anomalous or not, and the file is written."""
+    """The lines as they stand there, on a smaller toy set and with fewer steps; what they print."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     monkeypatch.chdir(tmp_path)
     draw_dataset(Path("data/toy"), "flange", bad=3)
     monkeypatch.setattr(patchae, "DEMO", dataclasses.replace(DEMO, steps=4, image_size=64))
     exec(code, {})
-    assert Path("flange.pt").exists()
-    assert re.fullmatch(r"tensor\(\[(True|False|, | )+\]\)\n", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    model = PatchAE.load("flange.pt")
+    assert len(model.images) == 6 and model.config.steps == 4
+    verdicts = [word == "True" for word in re.findall("True|False", printed)]
+    paths = sorted(Path("data/toy/flange/test").rglob("*.png"))[:len(verdicts)]
+    image = torch.tensor(np.stack([pixels(path) for path in paths])).permute(0, 3, 1, 2)
+    scores = image_scores(model.anomaly_maps(image.byte()).numpy())
+    assert verdicts == list(scores > np.quantile(model.normal_scores, 0.99)) and len(verdicts) == 3
