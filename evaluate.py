@@ -95,7 +95,7 @@ def score_files(paths, model, method, watch):
     Returns the paths that could be read, their anomaly maps (N, H', W'), the texts of the errors,
     the seconds for each image after reading, and how many equal a normal training image.
     """
-    known = {hash(image.numpy().tobytes()) for image in model.images}
+    known = set(patchae.fingerprints(model.images))
     readable, maps, errors, seconds, equal = [], [], [], 0, 0
     if method not in ("reconstruction", model.remembered):
         model.build_memory(method, watch)
@@ -103,7 +103,7 @@ def score_files(paths, model, method, watch):
         found, images, bad = read_readable(part, model.config.image_size)
         readable += found
         errors += bad
-        equal += sum(hash(image.numpy().tobytes()) in known for image in images)
+        equal += sum(number in known for number in patchae.fingerprints(images))
         begin = time.monotonic()
         maps += [model.anomaly_maps(images, method)] if found else []
         seconds += time.monotonic() - begin
@@ -265,7 +265,10 @@ def write_nearest(path, model, paths, maps, method):
 
     The image with a frame around its worst patch; that place; what the decoder draws there from R
     (not for method "raw", which has no decoder); the nearest normal patch; its normal image.
+    Nothing is written without images, or for method "reconstruction", which compares no vectors.
     """
+    if not paths or method == "reconstruction":
+        return
     images = read_images(paths, model.config.image_size)
     columns = ["image", "worst patch", "drawn from R", "nearest normal", "in its image"]
     if method == "raw":
@@ -306,14 +309,14 @@ def heatmap_names(paths):
     full = [Path(os.path.abspath(path)) for path in paths]
     full = [path.relative_to(path.anchor) for path in full]  # on Windows they may lie on two drives
     root = os.path.commonpath([path.parent for path in full])
-    names = {}
+    names, taken = [], set()
     for path in full:
         name = path.relative_to(root)
-        name = name if name.suffix == ".png" else Path(f"{name}.png")
-        while name in names:
+        while name.suffix != ".png" or name in taken:
             name = Path(f"{name}.png")
-        names[name] = path
-    return list(names)
+        names.append(name)
+        taken.add(name)
+    return names
 
 
 def write_results(folder, paths, maps, threshold, shown, truths, watch):
@@ -365,10 +368,12 @@ def choose_explained(scores, kinds, threshold):
     """
     ranked = np.argsort(-scores, kind="stable").tolist()
     bad = [n for n in ranked if kinds[n] != "good"]
-    first = [n for place, n in enumerate(bad) if kinds[n] not in [kinds[m] for m in bad[:place]]]
-    others = [n for n in bad if n not in first]
+    worst = {}  # of each type
+    for n in bad:
+        worst.setdefault(kinds[n], n)
+    others = [n for n in bad if n not in worst.values()]
     false_alarms = [n for n in ranked if kinds[n] == "good" and scores[n] > threshold]
-    return (first + others)[:EXPLAINED] + false_alarms[:EXPLAINED]
+    return [*worst.values(), *others][:EXPLAINED] + false_alarms[:EXPLAINED]
 
 
 def evaluate_test(name, args, model, method, test, samples, threshold):
@@ -399,9 +404,8 @@ def evaluate_test(name, args, model, method, test, samples, threshold):
     with whole(args.out / name / f"{method}{suffix}") as folder:
         folder.mkdir()
         write_results(folder, paths, maps, threshold, shown, truths, watch)
-        if explained and method != "reconstruction":
-            write_nearest(folder / "nearest.png", model, [paths[n] for n in explained],
-                          maps[explained], method)
+        write_nearest(folder / "nearest.png", model, [paths[n] for n in explained],
+                      maps[explained], method)
         write_csv(folder / "result.csv", RESULT, [
             [name, test, method, by_image, by_pixel, by_region, seconds, threshold, config.seed,
              config.backbone, Path(config.weights).name]])
@@ -430,10 +434,9 @@ def predict_category(name, args, device):
         with whole(target) as folder:
             folder.mkdir()
             rows = write_results(folder, readable, maps, limit, shown, [], watch)
-            if method != "reconstruction":
-                worst = shown[:EXPLAINED]
-                write_nearest(folder / "nearest.png", model, [readable[n] for n in worst],
-                              maps[worst], method)
+            worst = shown[:EXPLAINED]
+            write_nearest(folder / "nearest.png", model, [readable[n] for n in worst],
+                          maps[worst], method)
         for path, _, score, verdict in rows[:RANKED]:
             word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
             print(f"{score:10.4f}  {word:9}  {path}")

@@ -552,8 +552,9 @@ class PatchAE(nn.Module):
     def load(cls, path, device="cpu"):
         """A model from a file that save wrote. UserError if it is not one of this version."""
         try:
-            if zipfile.ZipFile(path).testzip():  # torch.load does not notice changed bytes
-                raise ValueError("damaged bytes")
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch.load does not notice changed bytes
+                    raise ValueError("damaged bytes")
             content = torch.load(path, map_location="cpu", weights_only=True)
             with seeded(0):  # the weights that it draws are replaced
                 model = cls(Config(**content["config"]))
@@ -581,10 +582,15 @@ def seeded(seed):
             random.setstate(state)
 
 
+def fingerprints(images):
+    """A number for each image of (N, 3, H, W) uint8; images with equal pixels have the same."""
+    return [hash(image.numpy().tobytes()) for image in images]
+
+
 def first_copies(images):
     """For each of the images (N, 3, H, W) uint8 the index of the first that has the same pixels."""
     first = {}
-    return [first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)]
+    return [first.setdefault(number, i) for i, number in enumerate(fingerprints(images))]
 
 
 def load_weights(backbone, name, source):

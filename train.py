@@ -215,21 +215,20 @@ def trained_before(folder, config, images):
     return model if same == config and torch.equal(model.images, images) else None
 
 
-def name_copies(name, paths, images):
-    """Say which normal images are exact copies of others: frames of one video are, for instance."""
-    first = patchae.first_copies(images)
+def name_copies(name, paths, first):
+    """Say which normal images are exact copies of others; first: see patchae.first_copies."""
     copies = [f"{paths[i].name} = {paths[j].name}" for i, j in enumerate(first) if i != j]
     if copies:
         print(f"{name}: {len(copies)} copies, left out of each other's scores: {', '.join(copies)}")
 
 
 def write_folder(folder, model, log, kept):
-    """Write a results folder; kept: the files {name: bytes} of the training before, or empty."""
+    """Write a results folder, with its log, or without one with the files kept, {name: bytes}."""
     with whole(folder) as unfinished:
         unfinished.mkdir()
         for file, content in kept.items():
             (unfinished / file).write_bytes(content)
-        if not kept:
+        if log:
             log.write(unfinished)
         model.save(unfinished / "checkpoint.pt")
 
@@ -240,10 +239,11 @@ def train_category(name, args, config, device):
     paths = list_images(args.data / name / "train" / "good")
     images = read_images(paths, config.image_size, watch)
     print(f"{name}: {len(images)} normal images")
-    name_copies(name, paths, images)
+    first = patchae.first_copies(images)
+    name_copies(name, paths, first)
     before = trained_before(folder, config, images) if args.skip_finished else None
     finished = before and before.config == config
-    scorable = config.threshold_images and len(set(patchae.first_copies(images))) > 1
+    scorable = config.threshold_images and len(set(first)) > 1
     if finished and (len(before.normal_scores) or not scorable):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
@@ -255,9 +255,11 @@ def train_category(name, args, config, device):
     model.images, model.names = images, [path.name for path in paths]
     model.normal_scores = torch.empty(0)  # those of `before` may belong to another memory
     model.to(device)
-    log = Log(model, images, name)
-    kept = {file: (folder / file).read_bytes() for file in ("train.csv", "defects.png") if before}
-    if not before:
+    log, kept = None, {}
+    if before:
+        kept = {file: (folder / file).read_bytes() for file in ("train.csv", "defects.png")}
+    else:
+        log = Log(model, images, name)
         print(f"{name}: backbone {config.backbone}, weights {config.weights}")
         fit(model, images, log)
     write_folder(folder, model, log, kept)  # before what may need too much memory

@@ -65,8 +65,8 @@ def remove_leftovers(path, mark):
                 os.kill(int(part.name.removeprefix(mark).split("-")[0]), 0)
         except ProcessLookupError:
             shutil.rmtree(part, ignore_errors=True)
-        except OSError:  # a process of another user
-            continue
+        except OSError:
+            pass  # a process of another user
     old = re.compile(rf"\.before-{re.escape(path.name)}-\d+-\d+")
     for aside in path.parent.iterdir() if path.exists() else ():
         if old.fullmatch(aside.name):

@@ -84,7 +84,7 @@ def list_images(folder, without=None):
 def list_test(folder, test="test"):
     """The test set folder/test as (image path, type, list of mask paths).
 
-    The type is the parent folder's name, "good" in any case. Masks lie in ground_truth/TYPE (for
+    The type is the parent folder's name; Good and GOOD are "good", too. Masks lie in ground_truth/TYPE (for
     test sets called test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
     """
     samples = []

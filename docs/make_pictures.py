@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import patchae  # noqa: E402
-from data.images import list_images, read_images  # noqa: E402
 from evaluate import CELL, GAP, LINE  # noqa: E402
 from patchae import PatchAE  # noqa: E402
 
