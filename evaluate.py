@@ -12,6 +12,7 @@ import csv
 import math
 import os
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,7 @@ RANKED = 12                 # our choice: lines printed, and columns, of predict
 EXPLAINED = 6               # our choice: rows of nearest.png
 CONTEXT = 3                 # our choice: patches shown on each side of the worst one
 NAME_END = 16               # our choice: letters of a file name that fit above a column
+LONGEST_NAME = 60           # our choice: letters of a folder; file systems allow about 255 bytes
 LEAST = 3                   # columns for which overview.png has room: the legend needs it
 CELL = 160                  # pixels of a picture in overview.png and nearest.png
 GAP = 4                     # pixels between two pictures
@@ -66,6 +68,8 @@ def parse(argv=None):
         "all others, above 0 and up to 1 (default: 0.99; the expected rate of false alarms is "
         "printed)")
     args = parse_args(parser, argv)
+    if args.predict and args.test:
+        raise UserError("--test: belongs to labelled test sets, not to --predict; leave it out")
     args.method = args.method or (["raw", "trained"] if args.demo else ["trained"])
     args.test = args.test or (["test", "test_faint"] if args.demo else ["test"])
     if not 0 < args.quantile <= 1:
@@ -287,7 +291,7 @@ def write_nearest(path, model, paths, maps, method):
         cells += reversed(framed(model.images[number] / 255, normal_place, model))
         name = model.names[number] if model.names else f"image {number}"
         write_text(draw, GAP, row * height + GAP, f"{'/'.join(file.parts[-2:])}: worst patch at "
-                   f"distance {distance:.2f} from normal {name}")
+                   f"distance {distance:.3g} from normal {name}")
         for x, (cell, title) in enumerate(zip(cells, columns)):
             write_text(draw, x * (CELL + GAP) + GAP, row * height + LINE, title)
             sheet.paste(cell, (x * (CELL + GAP), row * height + 2 * LINE))
@@ -337,13 +341,13 @@ def write_results(folder, paths, maps, threshold, shown, truths, watch):
         pictures = heat_pictures(path, maps[n], scale)
         target = folder / "heatmaps" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        pictures[-1].save(target)
+        pictures[-1].save(target, compress_level=1)  # the default takes as long as the scoring
         if n in shown:
             columns[n] = pictures
     for n, truth in zip(shown, truths):
         mask = Image.fromarray(truth.numpy()).convert("RGB")
         columns[n].insert(1, mask.resize(columns[n][0].size))
-    titles = [f"{'/'.join(paths[n].parts[-2:])[-NAME_END:]} {scores[n]:.2f}" for n in shown]
+    titles = [f"{'/'.join(paths[n].parts[-2:])[-NAME_END:]} {scores[n]:.3g}" for n in shown]
     unit = "threshold in the middle" if decided else "no threshold"
     write_overview(folder / "overview.png", [columns[n] for n in shown], titles, scale, unit)
     rows.sort(key=lambda row: -row[2])
@@ -411,6 +415,21 @@ def evaluate_test(name, args, model, method, test, samples, threshold):
              config.backbone, Path(config.weights).name]])
 
 
+def prediction_name(paths):
+    """The folder for the results of these paths, another for others: a/b and c become a-b+c.
+
+    Paths are seen from the current folder, if they lie in it. A long name ends in a number.
+    """
+    here, names = Path.cwd(), []
+    for path in map(Path.resolve, paths):
+        path = path.relative_to(here if here in path.parents else path.anchor)
+        names.append("-".join(path.parts) or "root")
+    name = "+".join(names)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{zlib.crc32(os.fsencode(name)):08x}"
+    return name
+
+
 def predict_category(name, args, device):
     """Score the images of --predict; write to OUT/NAME/predictions. UserError names bad files."""
     paths = []
@@ -427,10 +446,8 @@ def predict_category(name, args, device):
         if equal:
             print(f"{name}: {equal} images are identical to normal training images")
         shown = patchae.image_score(maps).argsort(descending=True, stable=True)[:RANKED].tolist()
-        more = f"-and-{len(args.predict) - 1}-more" if len(args.predict) > 1 else ""
         suffix = "" if method == "trained" else f"-{method}"
-        first = args.predict[0].resolve().name or "root"  # that of / and of a drive is empty
-        target = args.out / name / "predictions" / f"{first}{more}{suffix}"
+        target = args.out / name / "predictions" / f"{prediction_name(args.predict)}{suffix}"
         with whole(target) as folder:
             folder.mkdir()
             rows = write_results(folder, readable, maps, limit, shown, [], watch)

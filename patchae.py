@@ -400,7 +400,6 @@ class PatchAE(nn.Module):
         self.raw_backbone = self.backbone                # as it was before training
         if config.finetune_backbone:
             self.raw_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
-            self.raw_backbone.eval()  # the copy forgets that the original is in eval mode
         c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
         c3 = config.channels or c                                         # C₃
         self.encoder = Encoder(c, c3, config.start)
@@ -418,22 +417,17 @@ class PatchAE(nn.Module):
         """Where the weights are, and where all is computed."""
         return self.decoder.V1.weight.device
 
-    def train(self, mode=True):
-        """As in any nn.Module, but the backbone's batch normalisation uses its stored statistics.
-
-        Our choice: statistics of the one training image would let a defect change Φ at every place.
-        """
-        super().train(mode)
-        self.backbone.eval()
-        self.raw_backbone.eval()
-        return self
-
     def features(self, image, backbone=None):
-        """Φ of images: (B, 3, H, W) in [0, 1] to (B, C, H', W'), by the model's own backbone."""
+        """Φ of images: (B, 3, H, W) in [0, 1] to (B, C, H', W'), by the model's own backbone.
+
+        Our choice: its batch normalisation always uses the stored statistics, also in training.
+        Statistics of the one training image would let a defect change Φ at every place.
+        """
+        backbone = (backbone or self.backbone).eval()
         # channels_last is faster by a third on a CPU; on GPUs some versions compute wrongly in it
         layout = torch.channels_last if image.device.type == "cpu" else torch.contiguous_format
         image = normalize(image, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=layout)
-        maps = [temper_contrast(m) for m in (backbone or self.backbone)(image).values()]
+        maps = [temper_contrast(m) for m in backbone(image).values()]
         return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
     def represent(self, image):
@@ -449,6 +443,13 @@ class PatchAE(nn.Module):
         if method == "raw":
             return self.features(image, self.raw_backbone)
         return self.represent(image)
+
+    def check_images(self, images):
+        """Raise a UserError unless images are (N, 3, H, W) uint8 of the model's size, N ≥ 1."""
+        wanted = (3, self.config.image_size, self.config.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != wanted or not len(images):
+            raise UserError(f"images: expected {('N', *wanted)} of torch.uint8, found "
+                            f"{tuple(images.shape)} of {images.dtype}; use read_images")
 
     def batches(self, images, progress=iter):
         """Yield images (N, 3, H, W) uint8 in parts (B, 3, H, W) in [0, 1] on the device."""
@@ -497,6 +498,7 @@ class PatchAE(nn.Module):
 
         names: their file names, which only pictures show. progress: wraps a sequence, as tqdm does.
         """
+        self.check_images(images)
         self.images = images
         self.names = list(names)
         self.build_memory("trained", progress)
@@ -509,6 +511,7 @@ class PatchAE(nn.Module):
         method "trained": (E4) in R; "raw": (E4) in Φ; "reconstruction": the terms of (E3), by which
         a classical auto-encoder scores. UserError if there are no normal images to compare with.
         """
+        self.check_images(images)
         if method not in METHODS:
             raise UserError(f"method {method!r}: must be one of {', '.join(METHODS)}")
         if method != "reconstruction" and method != self.remembered:

@@ -113,6 +113,7 @@ def fit(model, images, report=lambda step, loss: None):
     config.seed decides all random choices. The model forgets its memory and its threshold, since R
     changes: call remember afterwards.
     """
+    model.check_images(images)
     config = model.config
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
@@ -247,7 +248,7 @@ def train_category(name, args, config, device):
     if finished and (len(before.normal_scores) or not scorable):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
-    if folder.exists() and not (folder / "train.csv").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / "train.csv").exists():
         raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
                         "replaced; choose another --out")
     model = before or patchae.build_model(config)

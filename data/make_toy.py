@@ -229,7 +229,7 @@ def draw_category(root, name, seed=0, strength=STRENGTH):
         """Write one image below the category's folder."""
         path = root.joinpath(name, *place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        Image.fromarray(image).save(path, compress_level=1)  # quick; noise hardly gets smaller
 
     for folders, count in ((("train",), TRAIN), (("test", "test_faint"), GOOD)):
         for n in range(count):
@@ -273,5 +273,12 @@ if __name__ == "__main__":
                         metavar=("LOW", "HIGH"),
                         help="opacity of the faint defects, 0 to 1 (default: 0.25 0.5)")
     args = parser.parse_args()
-    for category in CATEGORIES:
-        draw_category(args.out, category, args.seed, args.strength)
+    if args.seed < 0:
+        parser.exit(2, f"error: --seed {args.seed}: must be 0 or more\n")
+    if not 0 <= args.strength[0] <= args.strength[1] <= 1:
+        parser.exit(2, "error: --strength: must be two numbers from 0 to 1, the lower first\n")
+    try:
+        for category in CATEGORIES:
+            draw_category(args.out, category, args.seed, args.strength)
+    except OSError as fault:
+        parser.exit(2, f"error: --out {args.out}: cannot be written ({fault})\n")

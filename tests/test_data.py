@@ -322,7 +322,7 @@ def test_all_bad_files_are_named_and_a_prediction_scores_the_others(workspace, c
     assert contents("runs") == before
     fails(capsys, evaluate.main, [*OPTIONS, "--predict", TEST], TEST / "dent/000.png",
           TEST / "dent/001.png")
-    assert len(Path("runs/part/predictions/test/scores.csv").read_text().splitlines()) == 3
+    assert len(Path("runs/part/predictions/data-part-test/scores.csv").read_text().splitlines()) == 3
     monkeypatch.setattr(images, "NAMED", 1)
     fails(capsys, train.main, [*OPTIONS, *UNTRAINED], GOOD / "000.png", "; and 1 more")
     fails(capsys, evaluate.main, [*OPTIONS, "--predict", TEST / "dent"], "; and 1 more")
@@ -345,23 +345,26 @@ def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
 def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypatch):
     """Names that differ in the suffix or in the folder only; a folder above --out, twice.
 
-    Results of other folders stay, also where the one that is predicted has no name.
+    Results of other folders stay: of the same last name, of one without a name, of many.
     """
     names = ("a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "1/a.png", "2/a.png", "1/a.PNG.bmp")
     for name in names:
         save(NOISE, Path("photos", name))
     shutil.move("runs", "photos/runs")
     for paths, target, count in ((["photos"], "photos", len(names)), (["photos"], "photos", 7),
-                                 (["photos/1", "photos/2"], "1-and-1-more", 3)):
+                                 (["photos/1", "photos/2"], "photos-1+photos-2", 3)):
         assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
         folder = Path("photos/runs/part/predictions", target)
         assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
         assert len(list(folder.rglob("heatmaps/**/*.png"))) == count
-    before, root = contents("photos/runs"), Path.cwd().anchor  # as a memory card on Windows
+    root = Path.cwd().anchor  # as a memory card on Windows
     monkeypatch.setattr(evaluate, "list_images", lambda *_, **more: [Path("photos/a.png")])
-    assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", root]) == 0
-    after = contents("photos/runs")
-    assert len(after) > len(before) and all(after[path] == before[path] for path in before)
+    many = ["photos/1"] * 30
+    for paths in ([root], ["photos/2"], ["photos/1"], many, [*many, "photos/2"], ["../copy"]):
+        before = contents("photos/runs")
+        assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
+        after = contents("photos/runs")
+        assert len(after) > len(before) and all(after[path] == before[path] for path in before)
 
 
 # ---- names and messages -------------------------------------------------------------------------
@@ -422,7 +425,7 @@ def test_any_name_on_any_console(workspace, monkeypatch):
     for encoding, script, more in (("ascii", "train.py", UNTRAINED), ("cp1252", "evaluate.py", []),
                                    ("ascii", "evaluate.py", ["--predict", str(predicted)])):
         assert say(monkeypatch, encoding, script, [*options, *more])[0] == 0
-    for folder, count in (("trained", 4), (f"predictions/{names[-1]}", 1)):
+    for folder, count in (("trained", 4), (f"predictions/data-Φ-test-dent-{names[-1]}", 1)):
         folder = Path("runs/Φ", folder)
         table = (folder / "scores.csv").read_text("utf-8").splitlines()
         assert len(table) == 1 + count == 1 + len(list(folder.rglob("heatmaps/**/*.png")))
@@ -515,7 +518,7 @@ def test_wrong_folders(refused, main, folder):
                   "--memory-fraction 2", "--device tpu", "--device cuda", "--batch-size 0",
                   "--none", "--out data"]),
     (evaluate.main, ["--quantile 0", "--quantile 1.01", "--quantile nan", "--method nothing",
-                     "--batch-size 1025", "--predict"])])
+                     "--batch-size 1025", "--predict", "--test test --predict data"])])
 def test_options_out_of_range(refused, monkeypatch, main, options):
     """Refused by name before anything is done.
 

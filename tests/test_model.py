@@ -41,11 +41,6 @@ def draw_images(count, cells, seed=0):
     return F.interpolate(colours, (64, 64), mode="bilinear").byte()
 
 
-def clone(model):
-    """A copy of a model. A plain deep copy of torchvision's backbones is in training mode."""
-    return copy.deepcopy(model).eval()
-
-
 def configure(model, **options):
     """Change options of a model that need no other weights."""
     model.config = dataclasses.replace(model.config, **options)
@@ -59,7 +54,7 @@ def learned():
     """
     model, images = make_model(steps=38, lr=3e-2, encoder_lr=1e-3, finetune_backbone=True,
                                defect_weight=0.25), draw_images(6, 3)
-    before = clone(model)
+    before = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch:
         defects, losses = (watch(patch, patchae, name) for name in ("add_defects", "training_loss"))
         train.fit(model, images)
@@ -70,7 +65,7 @@ def learned():
 @pytest.fixture
 def model(learned):
     """A copy of the trained model, for a test to change. It remembers nothing."""
-    return clone(learned.model)
+    return copy.deepcopy(learned.model)
 
 
 # ---- the backbone -------------------------------------------------------------------------------
@@ -294,7 +289,7 @@ def test_three_steps_by_hand(monkeypatch, capsys, finetune):
     reported with its loss; nothing is printed.
     """
     model = make_model(steps=3, lr=3e-2, encoder_lr=3e-3, finetune_backbone=finetune)
-    by_hand, before, reports = clone(model), copy.deepcopy(model.state_dict()), []
+    by_hand, before, reports = copy.deepcopy(model), copy.deepcopy(model.state_dict()), []
     losses = watch(monkeypatch, patchae, "training_loss")
     train.fit(model, draw_images(6, 3), lambda *report: reports.append(report))
     adam_by_hand(by_hand, [arguments[1:3] for arguments, _ in losses], model.config)
@@ -349,12 +344,15 @@ def test_training_learns_to_rebuild_defects(learned):
 
 @pytest.mark.parametrize("method", ["features", "raw"])
 def test_training_mode_leaves_the_backbones_as_they_are(model, method):
-    """With the statistics of a batch Φ of an image would depend on the others and on its
-    defects."""
+    """With the statistics of a batch Φ of an image would depend on the others and on its defects.
+
+    A deep copy of torchvision's backbones is in training mode, too."""
     image, state = torch.rand(2, 3, 64, 64), copy.deepcopy(model.state_dict())
     compute = {"features": model.features, "raw": lambda image: model.vectors(image, "raw")}[method]
     before = compute(image)
     model.train()
+    assert torch.equal(compute(image), before)
+    model = copy.deepcopy(model)
     assert torch.equal(compute(image), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -486,6 +484,17 @@ def test_what_cannot_be_compared_is_said(model):
         with pytest.raises(UserError, match="two different normal images"):
             model.threshold()
         assert model.anomaly_maps(images).shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize("change", [lambda images: images / 255, lambda images: images[0],
+                                    lambda images: images[..., :32], lambda images: images[:0],
+                                    lambda images: images.permute(0, 2, 3, 1)])
+def test_images_of_another_form_are_refused(model, learned, change):
+    """In [0, 1], a single one, of another size, none, colours last: nothing would be detected."""
+    images = change(learned.images)
+    for work in (model.remember, model.anomaly_maps, lambda images: train.fit(model, images)):
+        with pytest.raises(UserError, match=r"'N', 3, 64, 64\) of torch.uint8.*read_images"):
+            work(images)
 
 
 def test_anomaly_maps_by_another_route(model, learned):

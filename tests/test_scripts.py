@@ -619,7 +619,7 @@ def check_pictures(folder, names, paths, maps, threshold, shown, masks=()):
     assert sheet.shape[:2] == (bottom + 48, 164 * max(3, len(shown)))
     for x, path in enumerate(shown):
         column = sheet[:, 164 * x:164 * (x + 1)]
-        title = f"{path.parent.name}/{path.name}"[-16:] + f" {float(found[str(path)]['score']):.2f}"
+        title = f"{path.parent.name}/{path.name}"[-16:] + f" {float(found[str(path)]['score']):.3g}"
         assert np.array_equal(column[:24], strip(164, (4, 4, title)))
         assert all(near(column[24 + 164 * y:], picture) for y, picture in enumerate(columns[path]))
     ramp, right = sheet[bottom:bottom + 24, 24:344], sheet[bottom:bottom + 24, 348:]
@@ -668,7 +668,7 @@ def check_nearest(folder, paths, method, whole=True):
         apart = np.linalg.norm(queries[n][worst] - memory[(slice(None), *place)], axis=1)
         number, = [m for m, file in enumerate(normal) if np.array_equal(row[:24], strip(
             row.shape[1], (4, 4, f"{path.parent.name}/{path.name}: worst patch at distance "
-                                 f"{apart[m]:.2f} from normal {file.name}")))]
+                                 f"{apart[m]:.3g} from normal {file.name}")))]
         farther.append(apart[number] / anomaly_map.max())
         image, chosen = pixels(path, (64, 64)), pixels(normal[number])
         shown = [(image, worst), surroundings(image, worst), surroundings(pictures[n], worst),
@@ -786,17 +786,17 @@ def test_predictions(workspace, capsys):
           for row in table[:12]),
         f"part: 14 images, {anomalous} anomalous; wrote {folder / 'photos'}".split()]
     assert evaluate.main([*argv, "photos/sub", "photos/z.png", "photos/sub/a.png"]) == 0
-    again = rows(folder / "sub-and-2-more/scores.csv")
+    again = rows(folder / "photos-sub+photos-z.png+photos-sub-a.png/scores.csv")
     assert again == [row for row in table if "sub" in row["path"] or "z.png" in row["path"]]
     assert evaluate.main([*argv, "photos/z.png", "--method", "raw", "trained"]) == 0
     assert capsys.readouterr().out.count("undecided") == 1
     assert {path.name for path in folder.iterdir()} == {
-        "photos", "sub-and-2-more", "z.png", "z.png-raw"}
+        "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png", "photos-z.png-raw"}
     run(train.main, "--skip-finished", "--memory-fraction", 0.01, "--threshold-images", 0)
     run(evaluate.main, "--predict", TEST)
-    assert {row["is_anomalous"] for row in rows("runs/part/predictions/test/scores.csv")} == {""}
-    ranked = [Path(row["path"]) for row in rows("runs/part/predictions/test/scores.csv")]
-    check_nearest(Path("runs/part/predictions/test"), ranked, "trained", whole=False)
+    assert {row["is_anomalous"] for row in rows("runs/part/predictions/data-part-test/scores.csv")} == {""}
+    ranked = [Path(row["path"]) for row in rows("runs/part/predictions/data-part-test/scores.csv")]
+    check_nearest(Path("runs/part/predictions/data-part-test"), ranked, "trained", whole=False)
 
 
 # ---- terminals, devices, importing, what is written about the scripts ---------------------------
@@ -839,7 +839,7 @@ def test_where_data_come_from_and_where_results_go(tmp_path, monkeypatch, capsys
     assert [row["category"] for row in rows("results/results.csv")] == ["a", "b"]
     assert evaluate.main(["--out", "results", "--category", "all", "--predict", "set/c/test"]) == 0
     terminal += error + capsys.readouterr().err
-    assert all(Path("results", name, "predictions/test/scores.csv").exists() for name in "ab")
+    assert all(Path("results", name, "predictions/set-c-test/scores.csv").exists() for name in "ab")
     assert {path.name for path in tmp_path.iterdir()} == {"set", "results"}
     for what in ("b", "a", "b test trained", "b trained", "a trained"):
         assert re.search(rf"\r{what}: 100 %, 0 s left   \n", terminal)
