@@ -64,8 +64,8 @@ BREAKS = [
      "steps are spent on learning the mean colour", [MODEL]),
     ("backbone-thaws", "patchae.py", "requires_grad_(config.finetune_backbone)",
      "requires_grad_(True)", "a frozen backbone is trained", [MODEL]),
-    ("statistics-of-the-batch", "patchae.py", "        self.backbone.eval()\n", "",
-     "the features of an image depend on its own defects", [MODEL]),
+    ("statistics-of-the-batch", "patchae.py", "(backbone or self.backbone).eval()",
+     "(backbone or self.backbone)", "the features of an image depend on its own defects", [MODEL]),
     # ---- features
     ("colours-not-imagenets", "patchae.py", "normalize(image, IMAGENET_MEAN, IMAGENET_STD)",
      "image", "the backbone sees colours that it was not trained on", [MODEL]),
