@@ -738,6 +738,15 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
         check_nearest(folder, [paths[n] for n in explained], method)
 
 
+def test_scores_of_any_size_are_ranked_as_numbers(workspace):
+    """As texts 9 would come before 100, and 1e-05 before 2."""
+    levels, paths = np.array([9, 1e-5, 100, 2]), sorted(TEST.rglob("*.png"))
+    maps = np.broadcast_to(levels[:, None, None], (4, 16, 16)).astype(np.float32)
+    evaluate.write_results(Path("out"), paths, torch.tensor(maps), 10, [2, 0], [], iter)
+    names = [path.relative_to(TEST) for path in paths]
+    check_pictures(Path("out"), names, paths, maps, 10, [paths[2], paths[0]])
+
+
 def test_what_is_explained_by_hand():
     """The worst of each type, then other defective images, six; then good ones above 1.5."""
     scores = np.array([3, 8, 7, 6, 5, 4, 9, 2, 10, 1])
@@ -902,6 +911,8 @@ def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch, cap
     for name, (draw, defects) in make_toy.CATEGORIES.items():
         monkeypatch.setitem(make_toy.CATEGORIES, name, (draw, defects[:1]))
     built = watch(monkeypatch, PatchAE, "build_memory")
+    clock = SimpleNamespace(monotonic=lambda: 1000 * len(built))  # only this takes time
+    monkeypatch.setattr(evaluate, "time", clock)
     argv = ["--demo", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "runs"), "--device",
             "cpu"]
     assert train.main([*argv, "--steps", "1", "--image-size", "64"]) == evaluate.main(argv) == 0
@@ -913,6 +924,7 @@ def test_the_demo_draws_its_set_and_needs_no_download(tmp_path, monkeypatch, cap
     config = checkpoint(tmp_path / "runs/felt/checkpoint.pt")["config"]
     assert config == dataclasses.asdict(dataclasses.replace(DEMO, steps=1, image_size=64))
     assert capsys.readouterr().out.count("mean") == 4
+    assert {row["seconds_per_image"] for row in table} == {"0.0"}  # scoring alone is timed
     assert len(built) == 2 + 4  # by train.py; for each method once, whatever the test sets
 
 
