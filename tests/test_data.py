@@ -85,12 +85,13 @@ def test_images_of_all_suffixes_are_found_at_any_depth_and_others_are_counted(tm
 
 def test_links_to_folders_are_followed_and_each_image_comes_once(tmp_path):
     """A link to a folder elsewhere, to one that is there anyway, to itself and to its parents."""
-    root = tmp_path / "photos"
-    for place in (root / "a/1.png", tmp_path / "far/2.png", tmp_path / "far/deep/3.png"):
+    root = tmp_path / "set/photos"
+    for place in (root / "a/1.png", tmp_path / "far/2.png", tmp_path / "far/deep/3.png",
+                  root.parent / "beside.png", tmp_path / "above.png"):
         save(NOISE, place)
-    save(NOISE, tmp_path / "above.png")
     for link, target in ((root / "z", tmp_path / "far"), (root / "b", root / "a"),
                          (root / "a/loop", root / "a"), (root / "a/up", root),
+                         (root / "a/parent", root.parent), (root / "a/over", tmp_path),
                          (tmp_path / "far/up", tmp_path), (root / "again", tmp_path / "far")):
         link.symlink_to(target, target_is_directory=True)
     assert len(list(itertools.islice(images.walk(root), 99))) == 3  # and no endless loop
@@ -329,7 +330,7 @@ def test_all_bad_files_are_named_and_a_prediction_scores_the_others(workspace, c
 
 
 def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
-    """The others are trained and scored, and the exit code is 2."""
+    """The others are trained and scored, and the exit code is 2. No older number is printed."""
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         draw_dataset(Path("data"), name, train=2)
@@ -337,9 +338,16 @@ def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
     bad.write_bytes(b"")
     fails(capsys, train.main, [*OPTIONS, *UNTRAINED, "--category", *"abc"], bad)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["a", "c"]
-    fails(capsys, evaluate.main, [*OPTIONS, "--category", "all"], Path("runs/b/checkpoint.pt"))
+    for _ in range(2):  # the second time there are results of an earlier run
+        code = files.exit_code(evaluate.main, [*OPTIONS, "--category", "all"])
+        out, err = capsys.readouterr()
+        assert code == 2 and str(Path("runs/b/checkpoint.pt")) in err
+        assert [line.split()[0] for line in out.splitlines()[-4:]] == ["category", "a", "c", "mean"]
+        shutil.copytree("runs/a/trained", "runs/b/trained", dirs_exist_ok=True)
+        Path("runs/b/trained/result.csv").write_text(
+            Path("runs/a/trained/result.csv").read_text().replace("\na,", "\nb,"))
     table = Path("runs/results.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in table] == ["category", "a", "c"]
+    assert [line.split(",")[0] for line in table] == ["category", "a", "b", "c"]
 
 
 def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypatch):
@@ -562,11 +570,17 @@ MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), Memor
 
 @pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
-    """It names what helps; a RuntimeError of another kind is a fault of ours and stays one."""
+    """It names what helps; a RuntimeError of another kind is a fault of ours and stays one.
+
+    Other errors of the system say what is wrong with which file.
+    """
     work = Mock(side_effect=error)
     assert files.exit_code(work, "part") == 2
     line, = capsys.readouterr().err.splitlines()
     assert all(word in line for word in ("part", "memory", "--memory-fraction", "--batch-size"))
+    assert files.exit_code(Mock(side_effect=PermissionError(13, "not allowed", "a.png"))) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "not allowed" in line and "a.png" in line
     with pytest.raises(RuntimeError, match="shape"):
         files.exit_code(Mock(side_effect=RuntimeError("shape")))
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))
