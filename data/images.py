@@ -84,8 +84,8 @@ def list_images(folder, without=None):
 def list_test(folder, test="test"):
     """The test set folder/test as (image path, type, list of mask paths).
 
-    The type is the parent folder's name; Good and GOOD are "good", too. Masks lie in ground_truth/TYPE (for
-    test sets called test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
+    The type is the parent folder's name; Good and GOOD are "good", too. Masks lie in
+    ground_truth/TYPE (of a test set test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
     """
     samples = []
     truth = "ground_truth" + (test[4:] if test.startswith("test") else f"_{test}")

@@ -323,7 +323,8 @@ def test_all_bad_files_are_named_and_a_prediction_scores_the_others(workspace, c
     assert contents("runs") == before
     fails(capsys, evaluate.main, [*OPTIONS, "--predict", TEST], TEST / "dent/000.png",
           TEST / "dent/001.png")
-    assert len(Path("runs/part/predictions/data-part-test/scores.csv").read_text().splitlines()) == 3
+    table = Path("runs/part/predictions/data-part-test/scores.csv")
+    assert len(table.read_text().splitlines()) == 3
     monkeypatch.setattr(images, "NAMED", 1)
     fails(capsys, train.main, [*OPTIONS, *UNTRAINED], GOOD / "000.png", "; and 1 more")
     fails(capsys, evaluate.main, [*OPTIONS, "--predict", TEST / "dent"], "; and 1 more")
@@ -502,6 +503,11 @@ def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
     Path("torch/hub/checkpoints").mkdir(parents=True)
     refused(train.main, ["--weights", "imagenet"], "https://download.pytorch.org/models/resnet18",
             "offline", Path("torch/hub/checkpoints"), "random")
+    files = ("resnet18-f37072fd", "resnet50-0676ba61", "wide_resnet50_2-95faca4d",
+             "wide_resnet101_2-32ee1156")  # the weights that older papers used
+    for name, file in zip(patchae.BACKBONES, files, strict=True):
+        with pytest.raises(UserError, match=f"models/{file}.pth"):
+            patchae.load_weights(None, name, "imagenet")
     torch.save(patchae.make_backbone("resnet18", (2,)).state_dict(), "18.pth")
     refused(train.main, "--weights 18.pth --backbone resnet50".split(), "18.pth", "resnet50")
 

@@ -449,11 +449,11 @@ def test_memory_keeps_a_random_part_of_each_image(model, fraction, kept):
 
 def test_threshold_is_the_quantile_of_the_scores_of_normal_images(model):
     """Each is compared with all others, with a trained R, by brute force. Exact copies are left out
-    together, but not those that differ in a corner. With a limit some are scored, evenly
+    together, but not those whose blue differs in a corner. With a limit some are scored, evenly
     spread."""
     images = draw_images(7, 3)
     images[5], images[3] = images[1], images[2]
-    images[3, :, 48:, 48:] = 0
+    images[3, 2, 48:, 48:] = 0
     configure(model, memory_fraction=0.5)
     model.remember(images)
     r, scores = as_rows(model.represent(images / 255)), []
@@ -484,6 +484,22 @@ def test_what_cannot_be_compared_is_said(model):
         with pytest.raises(UserError, match="two different normal images"):
             model.threshold()
         assert model.anomaly_maps(images).shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize("first, then", [("trained", "raw"), ("raw", "trained")])
+def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
+    """After Ctrl-C half-way: neither the method before nor the new one may use what is there."""
+    def stop_half_way(batches):
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    configure(model, threshold_images=0)
+    model.remember(learned.images)
+    expected = {method: model.anomaly_maps(learned.images, method) for method in (then, first)}
+    for method in (first, then):
+        with pytest.raises(KeyboardInterrupt):
+            model.build_memory(then, stop_half_way)
+        assert torch.equal(model.anomaly_maps(learned.images, method), expected[method])
 
 
 @pytest.mark.parametrize("change", [lambda images: images / 255, lambda images: images[0],

@@ -803,9 +803,10 @@ def test_predictions(workspace, capsys):
         "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png", "photos-z.png-raw"}
     run(train.main, "--skip-finished", "--memory-fraction", 0.01, "--threshold-images", 0)
     run(evaluate.main, "--predict", TEST)
-    assert {row["is_anomalous"] for row in rows("runs/part/predictions/data-part-test/scores.csv")} == {""}
-    ranked = [Path(row["path"]) for row in rows("runs/part/predictions/data-part-test/scores.csv")]
-    check_nearest(Path("runs/part/predictions/data-part-test"), ranked, "trained", whole=False)
+    folder = Path("runs/part/predictions/data-part-test")
+    table = rows(folder / "scores.csv")
+    assert {row["is_anomalous"] for row in table} == {""}
+    check_nearest(folder, [Path(row["path"]) for row in table], "trained", whole=False)
 
 
 # ---- terminals, devices, importing, what is written about the scripts ---------------------------
