@@ -871,6 +871,17 @@ def test_the_toy_set(tmp_path, monkeypatch):
     assert all((path.read_bytes() == content) == ("felt" in path.parts)
                for path, content in drawn.items())
 
+    def look(image, rng):
+        """In place of `expose`, for clear and for faint images: which random numbers come next."""
+        numbers.append(rng.random())
+        return image.clip(0, 255).astype(np.uint8)
+
+    monkeypatch.setattr(make_toy, "expose", look)
+    numbers = []
+    for name, seed in (("felt", 0), ("flange", 0), ("felt", 1)):
+        make_toy.draw_category(Path("other"), name, seed)
+    assert len(set(numbers)) == len(numbers) == 3 * (3 + 2 * 4)
+
 
 @pytest.mark.parametrize("strength", [None, (0.5, 0.6)])
 def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch, strength):
@@ -910,6 +921,28 @@ def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch, strength):
     low, high = strength or (0.25, 0.5)
     assert low - 0.01 < min(parts) < low + (high - low) / 4
     assert high + 0.01 > max(parts) > high - (high - low) / 4
+
+
+def test_the_toy_set_is_photographed_alike_everywhere():
+    """Light of 0.96 to 1.04, once as a whole and once from left to right; noise of 2 grey levels.
+
+    Too bright is white, too dark black. The felt is as dense at the border as inside.
+    """
+    rng = np.random.default_rng(0)
+    def photograph(level):
+        return make_toy.expose(np.full((256, 256, 3), float(level)), rng).astype(float)
+
+    assert (photograph(400) == 255).all() and (photograph(-50) == 0).all()
+    grey = np.stack([photograph(128) for _ in range(60)])
+    light, ends = grey.mean(axis=(1, 2, 3)), grey[:, :, [0, -1]].mean(axis=(1, 3))
+    for factors in (light / 128, (ends[:, 1] - ends[:, 0]) / 256 + 1):
+        assert 0.955 < factors.min() < 0.97 and 1.03 < factors.max() < 1.045
+    assert grey.std(axis=1).mean() == pytest.approx(2, rel=0.05)
+    felt = np.stack([make_toy.draw_felt(rng) for _ in range(6)])
+    ring = np.ones((256, 256), bool)
+    ring[8:-8, 8:-8] = False
+    for measure in (np.mean, np.std):
+        assert measure(felt[:, ring, 0]) == pytest.approx(measure(felt[:, ~ring, 0]), rel=0.03)
 
 
 def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
