@@ -263,7 +263,8 @@ def draw_if_absent(root):
             unfinished.rmdir()
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Draw both categories as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: data/toy)")
@@ -272,7 +273,7 @@ if __name__ == "__main__":
     parser.add_argument("--strength", type=float, nargs=2, default=STRENGTH,
                         metavar=("LOW", "HIGH"),
                         help="opacity of the faint defects, 0 to 1 (default: 0.25 0.5)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.seed < 0:
         parser.exit(2, f"error: --seed {args.seed}: must be 0 or more\n")
     if not 0 <= args.strength[0] <= args.strength[1] <= 1:
@@ -282,3 +283,7 @@ if __name__ == "__main__":
             draw_category(args.out, category, args.seed, args.strength)
     except OSError as fault:
         parser.exit(2, f"error: --out {args.out}: cannot be written ({fault})\n")
+
+
+if __name__ == "__main__":
+    main()

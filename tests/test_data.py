@@ -883,6 +883,23 @@ def test_the_toy_set(tmp_path, monkeypatch):
     assert len(set(numbers)) == len(numbers) == 3 * (3 + 2 * 4)
 
 
+def test_the_options_of_the_toy_set(tmp_path, monkeypatch, capsys):
+    """They arrive, or are refused in one line; by default it is data/toy, seed 0."""
+    draw = Mock()
+    monkeypatch.setattr(make_toy, "draw_category", draw)
+    make_toy.main([])
+    make_toy.main(["--out", "x", "--seed", "3", "--strength", "0", "1"])
+    assert [call.args for call in draw.call_args_list] == [
+        *((ROOT / "data/toy", name, 0, (0.25, 0.5)) for name in ("flange", "felt")),
+        *((Path("x"), name, 3, [0, 1]) for name in ("flange", "felt"))]
+    draw.side_effect = OSError("disk full")
+    for argv in ("--seed -1", "--strength 0.5 0.2", "--strength nan 1", "--strength 0 2", "--out x"):
+        with pytest.raises(SystemExit, match="2"):
+            make_toy.main(argv.split())
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {argv.split()[0]}")
+
+
 @pytest.mark.parametrize("strength", [None, (0.5, 0.6)])
 def test_a_toy_mask_is_where_the_defect_is(tmp_path, monkeypatch, strength):
     """Saved files of defects on plain grey: 0 and 255; all of the mask is changed.
