@@ -303,7 +303,7 @@ def test_a_mask_is_what_was_drawn(tmp_path):
             one, both = (images.read_mask(paths[:n], image, size) for n in (1, 2))
             assert one.dtype == torch.bool and np.array_equal(one, discs[0][place])
             assert np.array_equal(both, (discs[0] | discs[1])[place])
-    for form in ("jpg", "webp"):
+    for form in ("jpg", "JPG", "webp"):
         Image.fromarray(discs[0]).convert("L").save(tmp_path / f"mask.{form}", quality=90)
         read = images.read_mask([tmp_path / f"mask.{form}"], image, 128).numpy()
         assert (read != discs[0]).sum() < 0.03 * discs[0].sum()
