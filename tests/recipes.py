@@ -158,6 +158,8 @@ def main():
     parser.add_argument("--most", type=int, default=60, help="ablations: first images")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     args, args.train = parser.parse_known_args()  # what is left goes to every train.py
+    if args.table != "demo" and not (args.data and args.category):
+        parser.error("--data ROOT and --category NAME are missing")
     data, recipes, columns = prepare(args)
     print("| image / pixel AUROC / AUPRO, missing share | "
           + " | ".join(" ".join(column).removesuffix(" test") for column in columns) + " |")
