@@ -2,7 +2,7 @@
 
 Training sees normal images only. Each gets artificial defects (⊗), and the auto-encoder must
 rebuild the image *with* its defects. The decoder draws every patch from one feature vector, r_ij,
-and sees nothing else. So r_ij must contain the defect, and cannot hide it.
+and sees nothing else. So a defect that is rebuilt is contained in r_ij: no other vector can help.
 At test time we compare each vector with the vectors of all normal images. The distance to the
 nearest one is the anomaly score of the patch.
 
@@ -351,8 +351,8 @@ class Config:
     seed: int = 0                      # our choice: any number
 
 
-# The demo needs no download. The features of random weights are weak, so training starts there:
-# early stages, small patches, no average, and high rates for the whole encoder with its backbone.
+# The demo needs no download. Random weights give weak features, so here training must improve the
+# backbone, too. Early stages, small patches, no average, and high rates for encoder and backbone.
 DEMO = Config(backbone="resnet18", weights="random", finetune_backbone=True, layers=(1, 2),
               image_size=128, patch_size=4, neighbourhood=1, lr=5e-3, encoder_lr=1e-3)
 
@@ -459,9 +459,9 @@ class PatchAE(nn.Module):
 
     @torch.inference_mode()
     def build_memory(self, method="trained", progress=iter):
-        """Fill M with vectors of the normal images, config.memory_fraction of P of each.
+        """Fill M: of each normal image keep the share config.memory_fraction of its P vectors.
 
-        Their places are drawn by config.seed. There is at least one of each image.
+        At least one is kept. config.seed draws their places.
         """
         generator = torch.Generator().manual_seed(self.config.seed)
         P = self.grid**2
@@ -632,7 +632,8 @@ def choose_device(name):
         name = "cuda" if found["cuda"] else "cpu"
     if not found[name]:
         raise UserError(f"--device {name}: torch finds none on this machine; use --device auto")
-    # else newer NVIDIA cards round to 10 bits and may sum in another order every time: R ≠ Φ
+    # without these two lines newer NVIDIA cards round to 10 bits, so that R is not Φ at the start,
+    # and may sum in another order every time
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")

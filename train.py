@@ -118,7 +118,7 @@ def fit(model, images, report=lambda step, loss: None):
     optimizer = torch.optim.Adam([
         {"params": model.decoder.parameters(), "lr": config.lr},
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
-        {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # stays if it is frozen
+        {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # no gradient if frozen
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     model.remembered, model.normal_scores = None, torch.empty(0)
     with patchae.seeded(config.seed):
@@ -148,7 +148,7 @@ def rebuild_images(model, images):
 
 
 def missing_share(rebuilt, defected, normal, masks):
-    """The squared error inside the defects, divided by that of the normal images there.
+    """The squared error inside the defects, divided by that of the images without them.
 
     0 if every defect is rebuilt, 1 if none is. All (N, 3, H, W) in [0, 1], masks (N, 1, H, W) bool.
     Our choice: a number that compares defects of any size and colour.

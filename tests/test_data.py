@@ -893,7 +893,7 @@ def test_the_options_of_the_toy_set(tmp_path, monkeypatch, capsys):
         *((ROOT / "data/toy", name, 0, (0.25, 0.5)) for name in ("flange", "felt")),
         *((Path("x"), name, 3, [0, 1]) for name in ("flange", "felt"))]
     draw.side_effect = OSError("disk full")
-    for argv in ("--seed -1", "--strength 0.5 0.2", "--strength nan 1", "--strength 0 2", "--out x"):
+    for argv in ("--seed -1", "--strength 1 0", "--strength nan 1", "--strength 0 2", "--out x"):
         with pytest.raises(SystemExit, match="2"):
             make_toy.main(argv.split())
         line, = capsys.readouterr().err.splitlines()
