@@ -341,7 +341,7 @@ def write_results(folder, paths, maps, threshold, shown, truths, watch):
         pictures = heat_pictures(path, maps[n], scale)
         target = folder / "heatmaps" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        pictures[-1].save(target, compress_level=1)  # the default takes as long as the scoring
+        pictures[-1].save(target, compress_level=1)  # faster; the files grow by 4 %
         if n in shown:
             columns[n] = pictures
     for n, truth in zip(shown, truths):
@@ -416,7 +416,7 @@ def evaluate_test(name, args, model, method, test, samples, threshold):
 
 
 def prediction_name(paths):
-    """The folder for the results of these paths, another for others: a/b and c become a-b+c.
+    """The name of the folder for the results of these paths: a/b and c become a-b+c.
 
     Paths are seen from the current folder, if they lie in it. A long name ends in a number.
     """

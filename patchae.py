@@ -497,6 +497,7 @@ class PatchAE(nn.Module):
         """Build M from normal images (N, 3, H, W) uint8, and score them for the threshold.
 
         names: their file names, which only pictures show. progress: wraps a sequence, as tqdm does.
+        UserError: see check_images.
         """
         self.check_images(images)
         self.images = images
@@ -509,7 +510,8 @@ class PatchAE(nn.Module):
         """The anomaly maps (N, H', W'), on the CPU, of images (N, 3, H, W) uint8.
 
         method "trained": (E4) in R; "raw": (E4) in Φ; "reconstruction": the terms of (E3), by which
-        a classical auto-encoder scores. UserError if there are no normal images to compare with.
+        a classical auto-encoder scores. UserError if there are no normal images to compare with,
+        for another method, and as check_images says.
         """
         self.check_images(images)
         if method not in METHODS:

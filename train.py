@@ -111,7 +111,7 @@ def fit(model, images, report=lambda step, loss: None):
 
     Each step takes one random image with new artificial defects, as the input and as the target.
     config.seed decides all random choices. The model forgets its memory and its threshold, since R
-    changes: call remember afterwards.
+    changes: call remember afterwards. UserError: see PatchAE.check_images.
     """
     model.check_images(images)
     config = model.config

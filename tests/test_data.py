@@ -503,9 +503,9 @@ def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
     Path("torch/hub/checkpoints").mkdir(parents=True)
     refused(train.main, ["--weights", "imagenet"], "https://download.pytorch.org/models/resnet18",
             "offline", Path("torch/hub/checkpoints"), "random")
-    files = ("resnet18-f37072fd", "resnet50-0676ba61", "wide_resnet50_2-95faca4d",
-             "wide_resnet101_2-32ee1156")  # the weights that older papers used
-    for name, file in zip(patchae.BACKBONES, files, strict=True):
+    published = ("resnet18-f37072fd", "resnet50-0676ba61", "wide_resnet50_2-95faca4d",
+                 "wide_resnet101_2-32ee1156")  # the weights that older papers used
+    for name, file in zip(patchae.BACKBONES, published, strict=True):
         with pytest.raises(UserError, match=f"models/{file}.pth"):
             patchae.load_weights(None, name, "imagenet")
     torch.save(patchae.make_backbone("resnet18", (2,)).state_dict(), "18.pth")
@@ -946,6 +946,7 @@ def test_the_toy_set_is_photographed_alike_everywhere():
     Too bright is white, too dark black. The felt is as dense at the border as inside.
     """
     rng = np.random.default_rng(0)
+
     def photograph(level):
         return make_toy.expose(np.full((256, 256, 3), float(level)), rng).astype(float)
 

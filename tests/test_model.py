@@ -348,13 +348,15 @@ def test_training_mode_leaves_the_backbones_as_they_are(model, method):
 
     A deep copy of torchvision's backbones is in training mode, too."""
     image, state = torch.rand(2, 3, 64, 64), copy.deepcopy(model.state_dict())
-    compute = {"features": model.features, "raw": lambda image: model.vectors(image, "raw")}[method]
-    before = compute(image)
+
+    def compute(model):
+        return model.features(image) if method == "features" else model.vectors(image, method)
+
+    before = compute(model)
     model.train()
-    assert torch.equal(compute(image), before)
-    model = copy.deepcopy(model)
-    assert torch.equal(compute(image), before)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for one in (model, copy.deepcopy(model)):
+        assert torch.equal(compute(one), before)
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
 
 
 # ---- chance -------------------------------------------------------------------------------------
