@@ -459,8 +459,8 @@ def predict_category(name, args, device):
             print(f"{score:10.4f}  {word:9}  {path}")
         print(f"{name}: {len(rows)} images, {sum(row[3] is True for row in rows)} anomalous; "
               f"wrote {target}")
-        if errors:
-            raise all_errors(errors)
+    if errors:  # the same for each method
+        raise all_errors(errors)
 
 
 # ---- all categories -----------------------------------------------------------------------------

@@ -802,10 +802,13 @@ def test_predictions(workspace, capsys):
     assert evaluate.main([*argv, "photos/sub", "photos/z.png", "photos/sub/a.png"]) == 0
     again = rows(folder / "photos-sub+photos-z.png+photos-sub-a.png/scores.csv")
     assert again == [row for row in table if "sub" in row["path"] or "z.png" in row["path"]]
-    assert evaluate.main([*argv, "photos/z.png", "--method", "raw", "trained"]) == 0
-    assert capsys.readouterr().out.count("undecided") == 1
+    two = ["photos/z.png", "photos/broken.png"]  # an image that cannot be read stops no method
+    assert evaluate.main([*argv, *two, "--method", "raw", "trained"]) == 2
+    out, err = capsys.readouterr()
+    assert (out.count("undecided"), len(err.splitlines())) == (1, 1)
     assert {path.name for path in folder.iterdir()} == {
-        "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png", "photos-z.png-raw"}
+        "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png+photos-broken.png",
+        "photos-z.png+photos-broken.png-raw"}
     run(train.main, "--skip-finished", "--memory-fraction", 0.01, "--threshold-images", 0)
     run(evaluate.main, "--predict", TEST)
     folder = Path("runs/part/predictions/data-part-test")
