@@ -19,7 +19,7 @@ from torchvision.utils import save_image
 
 import patchae
 from data import make_toy
-from data.files import exit_code, make_parser, parse_args, run, whole
+from data.files import check_writable, exit_code, make_parser, parse_args, run, whole
 from data.images import choose_categories, list_images, progress, read_images
 from patchae import DEMO, Config, PatchAE, UserError
 
@@ -190,7 +190,7 @@ class Log:
         self.rows.append([step, loss, missing, seconds])
         self.losses = []
         print(f"{self.name}: step {step}/{steps}  loss {loss:.4f}  missing_share {missing:.3f}  "
-              f"{seconds / step * (steps - step):.0f} s left", flush=True)
+              f"{seconds / step * (steps - step):.0f} s left")
 
     def write(self, folder):
         """Write train.csv and defects.png: normal, with defects, their mask, rebuilt."""
@@ -251,6 +251,7 @@ def train_category(name, args, config, device):
     if folder.exists() and any(folder.iterdir()) and not (folder / "train.csv").exists():
         raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
                         "replaced; choose another --out")
+    check_writable(args.out)
     model = before or patchae.build_model(config)
     model.config, model.batch_size = config, args.batch_size
     model.images, model.names = images, [path.name for path in paths]

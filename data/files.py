@@ -37,6 +37,15 @@ def whole(path):
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
+def check_writable(out):
+    """Make the folder of --out. UserError now, not after hours, where nothing can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error}); choose another") from error
+
+
 def replace(path, new):
     """Rename what is at `path` aside and `new` to `path`; then remove the old, or put it back."""
     for attempt in range(ATTEMPTS):  # again if another process puts its own result there meanwhile
@@ -128,10 +137,13 @@ def exit_code(work, *arguments):
 
 
 def run(main):
-    """End the process with the exit code of main; 130 after Ctrl-C. Any console shows any name."""
+    """End the process with the exit code of main; 130 after Ctrl-C. Any console shows any name.
+
+    Each line is there at once, also in a file or a pipe.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not, and shows any name
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)  # a log file grows, too
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data and of many pixels
     try:
         sys.exit(exit_code(main))

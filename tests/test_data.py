@@ -20,6 +20,7 @@ import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -443,6 +444,20 @@ def test_any_name_on_any_console(workspace, monkeypatch):
     assert say(monkeypatch, "ascii", "evaluate.py", options)[0] == 2
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_each_line_is_printed_at_once(monkeypatch, name):
+    """Also into a file or a pipe: after hours one wants to know how far a training is."""
+    stream = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, name, stream)
+
+    def work():
+        print("a line", file=stream)
+        assert stream.buffer.getvalue() == b"a line" + os.linesep.encode()
+
+    with pytest.raises(SystemExit, match="0"):
+        files.run(work)
+
+
 def test_a_notebooks_streams_are_left_as_they_are(monkeypatch):
     """They have no encoding that could be changed."""
     for name in ("stdout", "stderr"):
@@ -465,11 +480,18 @@ def test_packages_of_the_same_names_elsewhere_do_not_win(tmp_path):
 
 # ---- what is refused ----------------------------------------------------------------------------
 @pytest.fixture
-def refused(workspace, capsys):
-    """A check: exit code 2, one line with the words, and all files and folders as they were."""
-    def check(main, argv, *words):
+def refused(workspace, monkeypatch, capsys):
+    """A check: exit code 2, one line with the words, and all files and folders as they were.
+
+    What is wrong is said before the training, which may take hours, unless it is late.
+    """
+    def check(main, argv, *words, late=False):
         before = contents()
-        fails(capsys, main, [*OPTIONS, *(UNTRAINED if main is train.main else []), *argv], *words)
+        with monkeypatch.context() as patch:
+            if not late:
+                patch.setattr(train, "fit", Mock(side_effect=AssertionError("trained")))
+            untrained = UNTRAINED if main is train.main else []
+            fails(capsys, main, [*OPTIONS, *untrained, *argv], *words)
         assert contents() == before
     return check
 
@@ -561,7 +583,7 @@ def test_what_stops_half_way_leaves_the_results_before(refused, monkeypatch, cap
     before = contents()
     monkeypatch.setattr(owner, name, Mock(side_effect=error))
     if error is FULL:
-        refused(main, argv, "part", "No space left")
+        refused(main, argv, "part", "No space left", late=True)
         return
     capsys.readouterr()
     with pytest.raises(SystemExit, match="130"):
@@ -665,7 +687,7 @@ def make(path, text="new", folder=True):
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_result_replaces_what_was_there(tmp_path, folder):
     """All of it, with its sub-folders, and nothing else is left; the folders above are made."""
-    path = tmp_path / "runs/[part]"
+    path = tmp_path / "new/runs/[part]"
     make(path, "old", folder)
     if folder:
         (path / "older").write_text("")
@@ -743,7 +765,10 @@ def test_two_at_once_never_fail_and_the_last_wins(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    """Not what living ones write, of any user, nor what comes from another machine."""
+    """Not what living ones write, of any user, nor what comes from another machine.
+
+    On Windows os.kill ends a process in place of asking for it, so it is not called.
+    """
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     path, node, open_ones = tmp_path / "part", platform.node(), []
@@ -763,8 +788,10 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
     dead = begin(ended.pid, node)
     make(path)
     assert not dead.exists() and all((folder / "half").exists() for folder in kept)
-    monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError(1, "not yours")))
-    make(path, "newer")
+    for name, error in ((os.name, PermissionError(1, "not yours")), ("nt", AssertionError())):
+        monkeypatch.setattr(files, "os", SimpleNamespace(
+            name=name, getpid=os.getpid, kill=Mock(side_effect=error)))
+        make(path, "newer")
     assert all((folder / "half").exists() for folder in kept)
     assert (path / "b").read_text() == "newer"
 

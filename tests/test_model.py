@@ -618,8 +618,11 @@ def test_options_out_of_range_are_named(field, good, bad):
 
 
 def test_a_saved_model_scores_as_before(model, learned, tmp_path):
-    """All options, weights, normal images, names and scores, for each method the same maps."""
-    configure(model, memory_fraction=0.3, threshold_images=5, seed=7)
+    """All options, weights, normal images, names and scores, for each method the same maps.
+
+    The file of the weights that training started from is not needed any more.
+    """
+    configure(model, memory_fraction=0.3, threshold_images=5, seed=7, weights="gone.pth")
     model.remember(learned.images, ["a.png", "b.png", "ü.png", "d.png", "e.png", "f.png"])
     model.save(tmp_path / "part.pt")
     loaded = patchae.PatchAE.load(tmp_path / "part.pt")
@@ -631,6 +634,29 @@ def test_a_saved_model_scores_as_before(model, learned, tmp_path):
     for method in patchae.METHODS:
         maps = [one.anomaly_maps(draw_images(2, 4, seed=1), method) for one in (loaded, model)]
         assert torch.equal(*maps), method
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_checkpoint_holds_every_weight_once(tmp_path, finetune):
+    """A backbone that is trained is there twice: as it is, and as it was."""
+    model = make_model(finetune_backbone=finetune)
+    model.save(tmp_path / "part.pt")
+    parts = [model.backbone, model.encoder, model.decoder, *[model.raw_backbone] * finetune]
+    size = sum(value.nbytes for part in parts for value in part.state_dict().values())
+    assert size < (tmp_path / "part.pt").stat().st_size < 1.2 * size
+
+
+def test_foreign_files_run_no_code(tmp_path):
+    """A pickle may call any function while it is read."""
+    class Call:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "called",)
+
+    torch.save({"config": Call()}, tmp_path / "foreign.pt")
+    for read in (patchae.PatchAE.load, lambda path: make_model(weights=path)):
+        with pytest.raises(UserError, match=r"foreign\.pt"):
+            read(str(tmp_path / "foreign.pt"))
+    assert not (tmp_path / "called").exists()
 
 
 def test_load_refuses_what_save_did_not_write(model, tmp_path):

@@ -357,9 +357,11 @@ def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys)
     left.
 
     defects.png shows normal images, their defects, the masks, what the decoder draws; what is
-    missing follows from its pixels. A copy is named. Nothing goes to a pipe but that.
+    missing follows from its pixels. A copy is named. Nothing goes to a pipe but that. Images are
+    rebuilt one at a time, as in training, so that what can be trained can be looked at.
     """
     losses = watch(monkeypatch, patchae, "training_loss")
+    looked = watch(monkeypatch, PatchAE, "features")
     clock = itertools.count(0, 60).__next__
     monkeypatch.setattr(train, "Log", partial(train.Log, clock=clock))
     shutil.copy(GOOD / "000.png", GOOD / "copy.png")
@@ -372,6 +374,7 @@ def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys)
     assert [list(map(float, row.values())) for row in log] == pytest.approx(
         np.array([steps, means, missing, np.arange(60, 421, 60)]).T, rel=1e-5)
     assert list(log[0]) == ["step", "loss", "missing_share", "seconds"] and err == ""
+    assert {len(image) for (_, image, *_), _ in looked} == {1}
     assert out.splitlines()[1:] == [
         "part: 7 normal images",
         "part: 1 copies, left out of each other's scores: copy.png = 000.png",
@@ -404,7 +407,7 @@ def test_a_loss_that_is_no_number_stops_the_training(workspace):
             log(1, loss)
 
 
-def test_a_training_replaces_all_that_was_there_before(workspace, capsys):
+def test_a_training_replaces_all_that_was_there_before(workspace, monkeypatch, capsys):
     """Also evaluations, whose numbers are those of another model; but nothing that is no result."""
     for folder in ("trained", "raw-test_faint", "predictions/photos"):
         Path("runs/part", folder).mkdir(parents=True)
@@ -413,6 +416,7 @@ def test_a_training_replaces_all_that_was_there_before(workspace, capsys):
     assert {path.name for path in Path("runs/part").iterdir()} == {
         "checkpoint.pt", "train.csv", "defects.png"}
     Path("runs/part/train.csv").rename("runs/part/letter.txt")
+    monkeypatch.setattr(train, "fit", Mock(side_effect=AssertionError))  # said before training
     fails(capsys, train.main, [*OPTIONS, *TINY], "--out runs", Path("runs/part"))
     assert Path("runs/part/letter.txt").exists()
 
@@ -839,26 +843,28 @@ def test_where_data_come_from_and_where_results_go(tmp_path, monkeypatch, capsys
     for name, count in (("a", 2), ("b", 3), ("c", 4)):
         draw_dataset(tmp_path / "set", name, train=count, good=1, bad=1)
     Path("set/c/train/good/broken.png").write_bytes(b"no image")
-    options = "--data set --out results --device cpu --category".split()
+    out_folder = Path("new/results")
+    options = ["--data", "set", "--out", str(out_folder), "--device", "cpu", "--category"]
     assert train.main([*options, "b/", "c", "a", "b", *TINY, "--steps", "0"]) == 2
-    assert {path.name for path in Path("results").iterdir()} == {"a", "b"}
-    assert [len(checkpoint(f"results/{name}/checkpoint.pt")["images"]) for name in "ab"] == [2, 3]
+    assert {path.name for path in out_folder.iterdir()} == {"a", "b"}
+    assert [len(checkpoint(out_folder / name / "checkpoint.pt")["images"])
+            for name in "ab"] == [2, 3]
     out, terminal = capsys.readouterr()
     assert re.findall(r"(\w): (?:\d normal|wrote)", out) == ["b", "b", "a", "a"]
     assert evaluate.main([*options, "all"]) == 2
     out, error = capsys.readouterr()
     terminal += error
     line, = [line for line in error.splitlines() if line.startswith("error")]
-    assert str(Path("results/c/checkpoint.pt")) in line
+    assert str(out_folder / "c/checkpoint.pt") in line
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["a", "b", "mean"]
     assert evaluate.main([*options, "b"]) == 0
     out, error = capsys.readouterr()
     assert out.splitlines()[-2].startswith("category") and out.splitlines()[-1].startswith("b ")
-    assert [row["category"] for row in rows("results/results.csv")] == ["a", "b"]
-    assert evaluate.main(["--out", "results", "--category", "all", "--predict", "set/c/test"]) == 0
+    assert [row["category"] for row in rows(out_folder / "results.csv")] == ["a", "b"]
+    assert evaluate.main([*options[2:4], "--category", "all", "--predict", "set/c/test"]) == 0
     terminal += error + capsys.readouterr().err
-    assert all(Path("results", name, "predictions/set-c-test/scores.csv").exists() for name in "ab")
-    assert {path.name for path in tmp_path.iterdir()} == {"set", "results"}
+    assert all((out_folder / name / "predictions/set-c-test/scores.csv").exists() for name in "ab")
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "new"}
     for what in ("b", "a", "b test trained", "b trained", "a trained"):
         assert re.search(rf"\r{what}: 100 %, 0 s left   \n", terminal)
 
