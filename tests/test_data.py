@@ -353,20 +353,23 @@ def test_one_broken_category_of_three(tmp_path, monkeypatch, capsys):
 
 
 def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypatch):
-    """Names that differ in the suffix or in the folder only; a folder above --out, twice.
+    """Names that differ in the suffix or in the folder only, a link; a folder above --out, twice.
 
     Results of other folders stay: of the same last name, of one without a name, of many.
     """
     names = ("a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "1/a.png", "2/a.png", "1/a.PNG.bmp")
     for name in names:
         save(NOISE, Path("photos", name))
+    save(NOISE, Path("store/12ab.png"))
+    Path("photos/link.png").symlink_to(Path("store/12ab.png").absolute())
     shutil.move("runs", "photos/runs")
-    for paths, target, count in ((["photos"], "photos", len(names)), (["photos"], "photos", 7),
+    for paths, target, count in ((["photos"], "photos", 8), (["photos"], "photos", 8),
                                  (["photos/1", "photos/2"], "photos-1+photos-2", 3)):
         assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
         folder = Path("photos/runs/part/predictions", target)
         assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
         assert len(list(folder.rglob("heatmaps/**/*.png"))) == count
+        assert count < 8 or (folder / "heatmaps/link.png").exists()
     root = Path.cwd().anchor  # as a memory card on Windows
     monkeypatch.setattr(evaluate, "list_images", lambda *_, **more: [Path("photos/a.png")])
     many = ["photos/1"] * 30
