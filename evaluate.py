@@ -457,8 +457,8 @@ def predict_category(name, args, device):
         for path, _, score, verdict in rows[:RANKED]:
             word = {True: "anomalous", False: "normal", "": "undecided"}[verdict]
             print(f"{score:10.4f}  {word:9}  {path}")
-        print(f"{name}: {len(rows)} images, {sum(row[3] is True for row in rows)} anomalous; "
-              f"wrote {target}")
+        found = "undecided" if math.isnan(limit) else f"{sum(row[3] for row in rows)} anomalous"
+        print(f"{name}: {len(rows)} images, {found}; wrote {target}")
     if errors:  # the same for each method
         raise all_errors(errors)
 
