@@ -543,6 +543,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
     Path("torch/hub/checkpoints").mkdir(parents=True)
     refused(train.main, ["--weights", "imagenet"], "https://download.pytorch.org/models/resnet18",
             "offline", Path("torch/hub/checkpoints"), "random")
+    assert offline.call_args.args[2] == "f37072fd"  # a download that is damaged is noticed
     published = ("resnet18-f37072fd", "resnet50-0676ba61", "wide_resnet50_2-95faca4d",
                  "wide_resnet101_2-32ee1156")  # the weights that older papers used
     for name, file in zip(patchae.BACKBONES, published, strict=True):
@@ -926,6 +927,39 @@ def test_the_toy_set(tmp_path, monkeypatch):
     for name, seed in (("felt", 0), ("flange", 0), ("felt", 1)):
         make_toy.draw_category(Path("other"), name, seed)
     assert len(set(numbers)) == len(numbers) == 3 * (3 + 2 * 4)
+
+
+DRAWN = {  # mean and deviation of two normal images; of two defects of a kind the pixels, and the
+    "flange": [(96.4, 62.6), (91.9, 59.7)], "felt": [(93.6, 17.6), (93.2, 17.2)],  # clear, faint
+    "gouge": [(276, 196.6, 143.6), (270, 241.2, 177.5)],                           # grey there
+    "oil": [(566, 88.0, 114.1), (638, 91.9, 137.4)],
+    "chip": [(210, 38.6, 107.1), (227, 36.8, 95.8)],
+    "fibre": [(234, 97.0, 126.8), (234, 93.6, 122.6)],
+    "hole": [(163, 35.9, 68.0), (351, 36.0, 74.2)],
+    "thread": [(262, 93.9, 97.8), (281, 164.6, 122.2)],
+    "grease": [(532, 63.2, 78.2), (484, 61.6, 88.3)],
+    "thin": [(266, 143.5, 109.2), (715, 148.8, 114.1)]}
+
+
+def test_the_toy_set_is_the_one_of_the_published_numbers(tmp_path, monkeypatch):
+    """Whoever changes the drawing has to measure README and docs anew."""
+    def grey(path):
+        return np.array(Image.open(path), dtype=float).mean(axis=2)
+
+    for name, count in (("TRAIN", 1), ("GOOD", 1), ("PER_DEFECT", 2)):
+        monkeypatch.setattr(make_toy, name, count)
+    for name, kinds in KINDS.items():
+        make_toy.draw_category(tmp_path, name)
+        normal = [grey(tmp_path / name / test / "good/000.png") for test in ("train", "test")]
+        found = {name: [(image.mean(), image.std()) for image in normal]}
+        for kind in kinds:
+            found[kind] = []
+            for _, _, (mask,) in (s for s in images.list_test(tmp_path / name) if s[1] == kind):
+                there, file = np.array(Image.open(mask)) > 0, f"{kind}/{mask.name[:3]}.png"
+                found[kind].append((there.sum(), *(grey(tmp_path / name / test / file)[there].mean()
+                                                   for test in ("test", "test_faint"))))
+        for kind, values in found.items():
+            np.testing.assert_allclose(values, DRAWN[kind], rtol=0.01, err_msg=kind)
 
 
 def test_the_options_of_the_toy_set(tmp_path, monkeypatch, capsys):

@@ -101,15 +101,19 @@ def test_backbone_is_torchvisions_with_mirrored_borders():
 def test_features_are_the_tempered_maps_of_the_normalised_image():
     """Without averaging Φ of two stages on the grid of the first, by numpy: the map of stage 1,
     each vector divided by the root of its length; then that of stage 2, twice as large,
-    interpolated."""
+    interpolated. On a CPU the layout is channels_last, which is faster there."""
     model, image = make_model(layers=(1, 2), neighbourhood=1), torch.rand(2, 3, 64, 64)
+    layouts, backbone = [], copy.deepcopy(model.backbone)
+    backbone.register_forward_pre_hook(lambda _, inputs: layouts.append(
+        inputs[0].is_contiguous(memory_format=torch.channels_last)))
     normalised = (image - torch.tensor(MEAN)) / torch.tensor(STD)
     maps = [m.numpy() for m in model.backbone(normalised.float()).values()]
     fine, coarse = (m / np.linalg.norm(m, axis=1, keepdims=True)**0.5 for m in maps)
-    features = model.features(image).numpy()
+    features = model.features(image, backbone).numpy()
     np.testing.assert_allclose(features[:, :64], fine, rtol=1e-3, atol=1e-4)
     between = (coarse[:, :, 3:5, 3:5] * [[[[9, 3], [3, 1]]]]).sum(axis=(2, 3)) / 16
     np.testing.assert_allclose(features[:, 64:, 7, 7], between, rtol=1e-3, atol=1e-4)
+    assert layouts == [True]
 
 
 @pytest.mark.parametrize("finetune", [False, True])
