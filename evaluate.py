@@ -70,8 +70,13 @@ def parse(argv=None):
     args = parse_args(parser, argv)
     if args.predict and args.test:
         raise UserError("--test: belongs to labelled test sets, not to --predict; leave it out")
-    args.method = args.method or (["raw", "trained"] if args.demo else ["trained"])
-    args.test = args.test or (["test", "test_faint"] if args.demo else ["test"])
+    method = args.method or (["raw", "trained"] if args.demo else ["trained"])
+    test = args.test or (["test", "test_faint"] if args.demo else ["test"])
+    args.method = list(dict.fromkeys(method))
+    args.test = list(dict.fromkeys(name.rstrip("/\\") for name in test))
+    for name in args.test:
+        if not name or set(name) & set("/\\"):
+            raise UserError(f"--test {name}: must be the name of a folder in ROOT/NAME")
     if not 0 < args.quantile <= 1:
         raise UserError(f"--quantile {args.quantile}: must be above 0 and at most 1")
     return args
@@ -249,13 +254,14 @@ def find_nearest(model, image, anomaly_map, method):
 def framed(pixels, place, model):
     """An image (3, H, W) in [0, 1], and the surroundings of a patch; both frame the patch."""
     p, grid = model.config.patch_size, model.grid
-    top, left = (max(0, min(i - CONTEXT, grid - 2 * CONTEXT - 1)) for i in divmod(place, grid))
+    shown = min(2 * CONTEXT + 1, grid)
+    top, left = (max(0, min(i - CONTEXT, grid - shown)) for i in divmod(place, grid))
     image = Image.fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
-    side = (2 * CONTEXT + 1) * p
+    side = shown * p
     part = image.crop((left * p, top * p, left * p + side, top * p + side))
     pictures = []
     for picture, y, x, span in ((image, *divmod(place, grid), grid),
-                                (part, place // grid - top, place % grid - left, 2 * CONTEXT + 1)):
+                                (part, place // grid - top, place % grid - left, shown)):
         picture = picture.resize((CELL, CELL))
         step = CELL / span
         box = [x * step - 1, y * step - 1, (x + 1) * step, (y + 1) * step]
@@ -447,7 +453,7 @@ def predict_category(name, args, device):
             print(f"{name}: {equal} images are identical to normal training images")
         shown = patchae.image_score(maps).argsort(descending=True, stable=True)[:RANKED].tolist()
         suffix = "" if method == "trained" else f"-{method}"
-        target = args.out / name / "predictions" / f"{prediction_name(args.predict)}{suffix}"
+        target = args.out / name / f"predictions{suffix}" / prediction_name(args.predict)
         with whole(target) as folder:
             folder.mkdir()
             rows = write_results(folder, readable, maps, limit, shown, [], watch)
@@ -476,6 +482,7 @@ def mean_row(rows):
 def gather_results(out, names, tests, methods):
     """Write every OUT/NAME/*/result.csv to OUT/results.csv; print what was asked for."""
     rows = []
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]  # as in the files
     for path in sorted(out.glob("[!.]*/[!.]*/result.csv")):
         with open(path, newline="", encoding="utf-8") as file:
             rows += list(csv.reader(file))[1:]

@@ -400,7 +400,8 @@ class PatchAE(nn.Module):
         self.raw_backbone = self.backbone                # as it was before training
         if config.finetune_backbone:
             self.raw_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
-        c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
+        with torch.no_grad():
+            c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
         c3 = config.channels or c                                         # C₃
         self.encoder = Encoder(c, c3, config.start)
         self.decoder = Decoder(c3, 3 * config.patch_size**2)
@@ -445,11 +446,13 @@ class PatchAE(nn.Module):
         return self.represent(image)
 
     def check_images(self, images):
-        """Raise a UserError unless images are (N, 3, H, W) uint8 of the model's size, N ≥ 1."""
+        """UserError unless images are (N, 3, H, W) uint8 of the model's size, N ≥ 1, on the CPU."""
         wanted = (3, self.config.image_size, self.config.image_size)
-        if images.dtype != torch.uint8 or images.shape[1:] != wanted or not len(images):
-            raise UserError(f"images: expected {('N', *wanted)} of torch.uint8, found "
-                            f"{tuple(images.shape)} of {images.dtype}; use read_images")
+        if (images.dtype != torch.uint8 or images.shape[1:] != wanted or not len(images)
+                or images.device.type != "cpu"):
+            raise UserError(f"images: expected {('N', *wanted)} of torch.uint8 on the CPU, found "
+                            f"{tuple(images.shape)} of {images.dtype} on {images.device}; use "
+                            "read_images")
 
     def batches(self, images, progress=iter):
         """Yield images (N, 3, H, W) uint8 in parts (B, 3, H, W) in [0, 1] on the device."""

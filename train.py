@@ -259,7 +259,8 @@ def train_category(name, args, config, device):
     model.to(device)
     log, kept = None, {}
     if before:
-        kept = {file: (folder / file).read_bytes() for file in ("train.csv", "defects.png")}
+        kept = {path.name: path.read_bytes()
+                for path in (folder / "train.csv", folder / "defects.png") if path.exists()}
     else:
         log = Log(model, images, name)
         print(f"{name}: backbone {config.backbone}, weights {config.weights}")

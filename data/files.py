@@ -15,6 +15,7 @@ from patchae import UserError
 
 ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  # as torch says it
 
 
 @contextmanager
@@ -113,7 +114,7 @@ def parse_args(parser, argv):
     args = parser.parse_args(argv)
     if args.demo:
         args.data = args.data or make_toy.ROOT
-        args.category = args.category or ["all"]
+        args.category = args.category or sorted(make_toy.CATEGORIES)
     args.category = [name.rstrip("/\\") for name in args.category]
     if args.batch_size is not None and not 1 <= args.batch_size <= MOST_BATCH:
         raise UserError(f"--batch-size {args.batch_size}: must be from 1 to {MOST_BATCH}")
@@ -127,7 +128,7 @@ def exit_code(work, *arguments):
     except (UserError, OSError) as error:  # an OSError names its file itself
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         name = f"{arguments[0]}: " if arguments else ""
         message = (f"{name}out of memory ({error!r:.99}); use --memory-fraction 0.1 in train.py, "

@@ -8,7 +8,7 @@ normal image, so that they are hard to see. The defects share no code with the a
 training. About 10 s.
 """
 import argparse
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -255,12 +255,11 @@ def draw_if_absent(root):
     for name in CATEGORIES:
         if not (root / name).exists():
             print(f"drawing the toy set into {root / name}")
-            unfinished = root.with_name(f".part-{root.name}")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            draw_category(unfinished, name)
             root.mkdir(parents=True, exist_ok=True)
-            (unfinished / name).rename(root / name)
-            unfinished.rmdir()
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=root) as unfinished:
+                draw_category(Path(unfinished), name)
+                if not (root / name).exists():  # else another process was faster
+                    Path(unfinished, name).rename(root / name)
 
 
 def main(argv=None):

@@ -63,7 +63,7 @@ def test_which_categories_are_meant(tmp_path):
         (tmp_path / place).mkdir(parents=True)
     assert images.choose_categories(tmp_path, ["b", "all"]) == ["a", "b"]
     assert images.choose_categories(tmp_path, ["b", "a", "b"]) == ["b", "a"]
-    for argv, root, names in (("", ROOT / "data/toy", ["all"]),
+    for argv, root, names in (("", ROOT / "data/toy", ["felt", "flange"]),
                               ("--data x --category felt", Path("x"), ["felt"])):
         args = files.parse_args(files.make_parser("")[0], ["--demo", *argv.split()])
         assert (args.data, args.category) == (root, names)
@@ -431,7 +431,7 @@ def say(monkeypatch, encoding, script, argv):
 
 
 def test_any_name_on_any_console(workspace, monkeypatch):
-    """A category called Φ, images called 零件.png and, in an old code, Prüfteil.png.
+    """A category called Φ and a byte of an old code; images called 零件.png and Prüfteil.png.
 
     The table is UTF-8 in any case; pictures and heatmaps are there.
     """
@@ -439,22 +439,26 @@ def test_any_name_on_any_console(workspace, monkeypatch):
     for encoding, script in itertools.product(("cp1252", "ascii"), scripts):
         code, text = say(monkeypatch, encoding, script, ["--help"])
         assert code == 0 and text.isascii()
-    shutil.move("data/part", "data/Φ")
-    shutil.move("runs/part", "runs/Φ")
-    names = ["零件.png", os.fsdecode(b"Pr\xfcfteil.png")]
+    names, category = ["零件.png", os.fsdecode(b"Pr\xfcfteil.png")], os.fsdecode(b"\xce\xa6\xfc")
     if sys.platform in ("darwin", "win32"):  # their file systems have no other names than Unicode
-        names.pop()
+        names, category = names[:1], "Φ"
+    data = Path("data", category)
+    shutil.move("data/part", data)
+    shutil.move("runs/part", Path("runs", category))
     for number, name in enumerate(names):
-        Path(f"data/Φ/train/good/00{number}.png").rename(f"data/Φ/train/good/{name}")
-        Path(f"data/Φ/test/dent/00{number}.png").rename(f"data/Φ/test/dent/{name}")
-    shutil.copy(f"data/Φ/train/good/{names[0]}", "data/Φ/train/good/copy.png")  # it is named
-    options = [*OPTIONS, "--category", "Φ"]
-    predicted = Path("data/Φ/test/dent", names[-1])
+        (data / f"train/good/00{number}.png").rename(data / "train/good" / name)
+        (data / f"test/dent/00{number}.png").rename(data / "test/dent" / name)
+    shutil.copy(data / "train/good" / names[0], data / "train/good/copy.png")  # it is named
+    options = [*OPTIONS, "--category", category]
+    predicted = data / "test/dent" / names[-1]
     for encoding, script, more in (("ascii", "train.py", UNTRAINED), ("cp1252", "evaluate.py", []),
                                    ("ascii", "evaluate.py", ["--predict", str(predicted)])):
-        assert say(monkeypatch, encoding, script, [*options, *more])[0] == 0
-    for folder, count in (("trained", 4), (f"predictions/data-Φ-test-dent-{names[-1]}", 1)):
-        folder = Path("runs/Φ", folder)
+        code, text = say(monkeypatch, encoding, script, [*options, *more])
+        assert code == 0
+        if script == "evaluate.py" and not more:
+            assert text.splitlines()[-1].split()[1:3] == [b"test", b"trained"]
+    for folder, count in (("trained", 4), (f"predictions/data-{category}-test-dent-{names[-1]}", 1)):
+        folder = Path("runs", category, folder)
         table = (folder / "scores.csv").read_text("utf-8").splitlines()
         assert len(table) == 1 + count == 1 + len(list(folder.rglob("heatmaps/**/*.png")))
         assert {"nearest.png", "overview.png"} <= {path.name for path in folder.iterdir()}
@@ -573,7 +577,8 @@ def test_wrong_folders(refused, main, folder):
                   "--memory-fraction 2", "--device tpu", "--device cuda", "--batch-size 0",
                   "--none", "--out data"]),
     (evaluate.main, ["--quantile 0", "--quantile 1.01", "--quantile nan", "--method nothing",
-                     "--batch-size 1025", "--predict", "--test test --predict data"])])
+                     "--batch-size 1025", "--predict", "--test test --predict data",
+                     "--test ../test", "--test a/b"])])
 def test_options_out_of_range(refused, monkeypatch, main, options):
     """Refused by name before anything is done.
 
@@ -612,7 +617,9 @@ def test_what_stops_half_way_leaves_the_results_before(refused, monkeypatch, cap
 
 
 MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError(),
-          RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+          RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+          RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+          RuntimeError("MPS backend out of memory")]
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
@@ -628,8 +635,9 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
     assert files.exit_code(Mock(side_effect=PermissionError(13, "not allowed", "a.png"))) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "not allowed" in line and "a.png" in line
-    with pytest.raises(RuntimeError, match="shape"):
-        files.exit_code(Mock(side_effect=RuntimeError("shape")))
+    for fault in ("shape", "an illegal memory access was encountered", "memory format"):
+        with pytest.raises(RuntimeError, match=fault):
+            files.exit_code(Mock(side_effect=RuntimeError(fault)))
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):  # such a file is not to be repaired
         images.read_images([Path("large.png")], 64)
@@ -1043,11 +1051,17 @@ def test_the_toy_set_is_photographed_alike_everywhere():
 
 
 def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
-    """A category is there whole or not at all; the next run draws what is missing and no more."""
+    """A category is there whole or not at all; the next run draws what is missing and no more.
+
+    Two runs at once draw each for itself, and one of them wins.
+    """
     def draw(folder, name):
         (folder / name).mkdir(parents=True)
         if draw_category.call_count == 2:
             raise KeyboardInterrupt
+        if draw_category.call_count == 4:
+            make_toy.draw_if_absent(tmp_path / "toy")
+        (folder / name / str(draw_category.call_count)).touch()
 
     draw_category = Mock(side_effect=draw)
     monkeypatch.setattr(make_toy, "draw_category", draw_category)
@@ -1056,4 +1070,7 @@ def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "toy").iterdir()] == ["flange"]
     make_toy.draw_if_absent(tmp_path / "toy")
     assert [call.args[1] for call in draw_category.call_args_list] == ["flange", "felt", "felt"]
-    assert sorted(contents(tmp_path)) == [tmp_path / p for p in ("toy", "toy/felt", "toy/flange")]
+    shutil.rmtree(tmp_path / "toy/felt")
+    make_toy.draw_if_absent(tmp_path / "toy")
+    assert sorted(contents(tmp_path)) == [tmp_path / p for p in (
+        "toy", "toy/felt", "toy/felt/5", "toy/flange", "toy/flange/1")]

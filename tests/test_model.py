@@ -510,9 +510,10 @@ def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
 
 @pytest.mark.parametrize("change", [lambda images: images / 255, lambda images: images[0],
                                     lambda images: images[..., :32], lambda images: images[:0],
-                                    lambda images: images.permute(0, 2, 3, 1)])
+                                    lambda images: images.permute(0, 2, 3, 1),
+                                    lambda images: images.to("meta")])
 def test_images_of_another_form_are_refused(model, learned, change):
-    """In [0, 1], a single one, of another size, none, colours last: nothing would be detected."""
+    """In [0, 1], a single one, of another size, none, colours last, on another device."""
     images = change(learned.images)
     for work in (model.remember, model.anomaly_maps, lambda images: train.fit(model, images)):
         with pytest.raises(UserError, match=r"'N', 3, 64, 64\) of torch.uint8.*read_images"):

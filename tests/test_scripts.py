@@ -324,10 +324,12 @@ def test_the_demo_has_settings_of_its_own_and_options_win():
     assert train.parse(["--layers", "3", "1", "3"])[1].layers == (1, 3)
     args = evaluate.parse(["--demo"])
     assert (args.method, args.test) == (["raw", "trained"], ["test", "test_faint"])
-    assert (args.data, args.category) == (ROOT / "data/toy", ["all"])
+    assert (args.data, args.category) == (ROOT / "data/toy", ["felt", "flange"])
     args = evaluate.parse("--demo --method raw --test b --data x --category y".split())
     assert (args.method, args.test) == (["raw"], ["b"])
     assert (args.data, args.category) == (Path("x"), ["y"])
+    args = evaluate.parse("--method raw trained raw --test b/ test b".split())
+    assert (args.method, args.test) == (["raw", "trained"], ["b", "test"])
 
 
 # ---- train.py -----------------------------------------------------------------------------------
@@ -489,6 +491,7 @@ def test_skip_finished(workspace, monkeypatch, capsys):
     assert calls("--lr", 0.5, code=2) == (1, 1)
     assert re.search("^error: part: .*--memory-fraction.*--batch-size", capsys.readouterr().err)
     remembered.side_effect = None
+    Path("runs/part/defects.png").unlink()  # a user who needs space may remove it
     assert calls("--lr", 0.5) == (0, 1)
     shutil.copy(GOOD / "000.png", GOOD / "one_more.png")
     assert calls("--lr", 0.5) == (1, 1)
@@ -672,6 +675,15 @@ def check_pictures(folder, names, paths, maps, threshold, shown, masks=()):
     below = sheet[bottom + 24:]
     assert (below[:5, [24, 184, 344]] == 0).all()
     assert np.array_equal(below[6:], strip(sheet.shape[1], *ticks)[6:])
+
+
+@pytest.mark.parametrize("grid", [2, 5, 6, 7, 16])
+def test_the_surroundings_of_a_patch_lie_in_the_image(grid):
+    """Also where the image has fewer patches than are shown around one."""
+    model = SimpleNamespace(grid=grid, config=SimpleNamespace(patch_size=4))
+    for place in range(grid**2):
+        for cell in evaluate.framed(torch.ones(3, 4 * grid, 4 * grid), place, model):
+            assert set(np.unique(np.array(cell)[..., 0])) == {255}  # white, and the red frame
 
 
 def framed_place(cell, side):
@@ -873,8 +885,9 @@ def test_predictions(workspace, capsys):
     out, err = capsys.readouterr()
     assert (out.count("undecided"), len(err.splitlines())) == (2, 1)
     assert {path.name for path in folder.iterdir()} == {
-        "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png+photos-broken.png",
-        "photos-z.png+photos-broken.png-raw"}
+        "photos", "photos-sub+photos-z.png+photos-sub-a.png", "photos-z.png+photos-broken.png"}
+    other, = folder.with_name("predictions-raw").iterdir()
+    assert other.name == "photos-z.png+photos-broken.png"
     run(train.main, "--skip-finished", "--memory-fraction", 0.01, "--threshold-images", 0)
     run(evaluate.main, "--predict", TEST)
     folder = Path("runs/part/predictions/data-part-test")
