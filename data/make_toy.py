@@ -253,13 +253,14 @@ def draw_category(root, name, seed=0, strength=STRENGTH):
 def draw_if_absent(root):
     """Draw what is missing; under another name first, so that a category is whole or absent."""
     for name in CATEGORIES:
-        if not (root / name).exists():
-            print(f"drawing the toy set into {root / name}")
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=root) as unfinished:
-                draw_category(Path(unfinished), name)
-                if not (root / name).exists():  # else another process was faster
-                    Path(unfinished, name).rename(root / name)
+        if (root / name).exists():
+            continue
+        print(f"drawing the toy set into {root / name}")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=root) as unfinished:
+            draw_category(Path(unfinished), name)
+            if not (root / name).exists():  # else another process was faster
+                Path(unfinished, name).rename(root / name)
 
 
 def main(argv=None):

@@ -271,7 +271,10 @@ def test_a_large_jpeg_is_read_at_a_reduced_size_without_a_difference(tmp_path, w
 
 
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(tmp_path, monkeypatch):
-    """A photograph of 24 megapixels takes 72 MB until it is resized. Progress is what is decoded."""
+    """A photograph of 24 megapixels takes 72 MB until it is resized.
+
+    The progress shown is of images that were decoded.
+    """
     NOISE.save(tmp_path / "image.png")
     lock, now, most, read_image = threading.Lock(), [], [], images.read_image
 

@@ -8,6 +8,7 @@ import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -662,6 +663,17 @@ def test_foreign_files_run_no_code(tmp_path):
         with pytest.raises(UserError, match=r"foreign\.pt"):
             read(str(tmp_path / "foreign.pt"))
     assert not (tmp_path / "called").exists()
+
+
+def test_files_written_on_a_gpu_are_read_without_one(tmp_path, monkeypatch):
+    """A checkpoint, and weights: their tensors go to the CPU at first."""
+    model, load = make_model(), Mock(side_effect=torch.load)
+    model.save(tmp_path / "part.pt")
+    torch.save(model.backbone.state_dict(), tmp_path / "own.pth")
+    monkeypatch.setattr(torch, "load", load)
+    patchae.PatchAE.load(tmp_path / "part.pt")
+    make_model(weights=str(tmp_path / "own.pth"))
+    assert [call.kwargs["map_location"] for call in load.call_args_list] == ["cpu", "cpu"]
 
 
 def test_load_refuses_what_save_did_not_write(model, tmp_path):
