@@ -460,7 +460,8 @@ def test_any_name_on_any_console(workspace, monkeypatch):
         assert code == 0
         if script == "evaluate.py" and not more:
             assert text.splitlines()[-1].split()[1:3] == [b"test", b"trained"]
-    for folder, count in (("trained", 4), (f"predictions/data-{category}-test-dent-{names[-1]}", 1)):
+    prediction = f"predictions/data-{category}-test-dent-{names[-1]}"
+    for folder, count in (("trained", 4), (prediction, 1)):
         folder = Path("runs", category, folder)
         table = (folder / "scores.csv").read_text("utf-8").splitlines()
         assert len(table) == 1 + count == 1 + len(list(folder.rglob("heatmaps/**/*.png")))
