@@ -194,7 +194,7 @@ class Log:
 
     def write(self, folder):
         """Write train.csv and defects.png: normal, with defects, their mask, rebuilt."""
-        with open(folder / "train.csv", "w", newline="") as file:
+        with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["step", "loss", "missing_share", "seconds"], *self.rows])
         columns = (self.normal, self.defected, self.masks.expand_as(self.normal),
                    rebuild_images(self.model, self.defected[:PREVIEWS]))
