@@ -382,7 +382,8 @@ def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypat
     Path("photos/link.png").symlink_to(Path("store/12ab.png").absolute())
     shutil.move("runs", "photos/runs")
     for paths, target, count in ((["photos"], "photos", 8), (["photos"], "photos", 8),
-                                 (["photos/1", "photos/2"], "photos-1+photos-2", 3)):
+                                 (["photos/1", "photos/2"], "photos-1+photos-2", 3),
+                                 (["photos/1", "../copy/photos/2"], "photos-1+photos-2", 3)):
         assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
         folder = Path("photos/runs/part/predictions", target)
         assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
