@@ -268,6 +268,8 @@ def test_a_large_jpeg_is_read_at_a_reduced_size_without_a_difference(tmp_path, w
     seen = [np.array(image.resize((64, 64), Image.BILINEAR), dtype=int) for image in seen]
     read = images.read_images(paths, 64).permute(0, 2, 3, 1).numpy()
     assert abs(read - np.stack(seen)).max() <= 1
+    save(Image.new("L", (width, height), 255), tmp_path / "mask.png")  # as large as the photograph
+    assert images.read_mask([tmp_path / "mask.png"], paths[0], 64).all()
 
 
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(tmp_path, monkeypatch):
