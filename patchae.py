@@ -503,8 +503,8 @@ class PatchAE(nn.Module):
         UserError: see check_images.
         """
         self.check_images(images)
-        self.images = images
-        self.names = list(names)
+        self.images, self.names = images, list(names)
+        self.normal_scores = torch.empty(0)  # after an interruption no old threshold is left
         self.build_memory("trained", progress)
         self.normal_scores = self.score_normal_images(progress)
 
@@ -523,6 +523,7 @@ class PatchAE(nn.Module):
             if not len(self.images):
                 raise UserError("this model has no normal images to compare with: call remember")
             self.build_memory(method)
+        self.memory = [vectors.to(self.device) for vectors in self.memory]  # if the model moved
         maps = []
         for image in self.batches(images):
             if method == "reconstruction":
@@ -545,7 +546,8 @@ class PatchAE(nn.Module):
 
     def save(self, path):
         """Write all that scoring needs to one file, which load reads. OSError."""
-        content = {"config": asdict(self.config), "model": self.state_dict(), "images": self.images,
+        images = self.images.clone()  # of a slice torch.save would write the whole
+        content = {"config": asdict(self.config), "model": self.state_dict(), "images": images,
                    "names": self.names, "normal_scores": self.normal_scores}
         file = io.BytesIO()  # torch.save straight to a full disk fails in ways that hide the reason
         torch.save(content, file)

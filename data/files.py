@@ -26,14 +26,15 @@ def whole(path):
     UserError where something cannot be written.
     """
     mark = f".part-{platform.node()}@"  # no host name has an @
+    target = path.resolve()  # a link to a folder elsewhere stays one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path, mark)
-        with tempfile.TemporaryDirectory(prefix=f"{mark}{os.getpid()}-", dir=path.parent,
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target, mark)
+        with tempfile.TemporaryDirectory(prefix=f"{mark}{os.getpid()}-", dir=target.parent,
                                          ignore_cleanup_errors=True) as folder:
-            unfinished = Path(folder, path.name)
+            unfinished = Path(folder, target.name)
             yield unfinished
-            replace(path, unfinished)
+            replace(target, unfinished)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
 

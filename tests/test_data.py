@@ -732,6 +732,17 @@ def test_a_result_replaces_what_was_there(tmp_path, folder):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_link_to_results_elsewhere_stays_a_link(tmp_path):
+    """Of a user who keeps them on a larger disk; nothing is left beside either."""
+    large, link = tmp_path / "large/part", tmp_path / "runs/part"
+    make(large, "old")
+    link.parent.mkdir()
+    link.symlink_to(large, target_is_directory=True)
+    make(link, "new")
+    assert link.is_symlink() and (large / "b").read_text() == "new"
+    assert [*link.parent.iterdir(), *large.parent.iterdir()] == [link, large]
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "in use"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("name, folder", [("rename", True), ("replace", True), ("replace", False),
                                           ("write_text", True), ("write_text", False)])

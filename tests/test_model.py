@@ -495,18 +495,22 @@ def test_what_cannot_be_compared_is_said(model):
 
 @pytest.mark.parametrize("first, then", [("trained", "raw"), ("raw", "trained")])
 def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
-    """After Ctrl-C half-way: neither the method before nor the new one may use what is there."""
+    """After Ctrl-C half-way: neither the method before nor the new one may use what is there. Nor is
+    there a threshold of other images."""
     def stop_half_way(batches):
         yield from batches[:3]
         raise KeyboardInterrupt
 
-    configure(model, threshold_images=0)
     model.remember(learned.images)
     expected = {method: model.anomaly_maps(learned.images, method) for method in (then, first)}
     for method in (first, then):
         with pytest.raises(KeyboardInterrupt):
             model.build_memory(then, stop_half_way)
         assert torch.equal(model.anomaly_maps(learned.images, method), expected[method])
+    with pytest.raises(KeyboardInterrupt):
+        model.remember(learned.images[:5], progress=stop_half_way)
+    with pytest.raises(UserError, match="no threshold"):
+        model.threshold()
 
 
 @pytest.mark.parametrize("change", [lambda images: images / 255, lambda images: images[0],
@@ -550,7 +554,7 @@ def test_anomaly_maps_by_another_route(model, learned):
             assert not any(one.requires_grad or one.grad_fn for one in kept)
 
 
-def test_images_pass_the_backbone_once_in_parts_of_the_batch_size(model, learned):
+def test_images_pass_the_backbone_once_in_parts_of_the_batch_size(model, learned, monkeypatch):
     """The memory is built once for all that is compared with it. On a CPU an image at a time is the
     fastest, elsewhere eight."""
     parts = []
@@ -570,6 +574,9 @@ def test_images_pass_the_backbone_once_in_parts_of_the_batch_size(model, learned
         assert count(model.anomaly_maps, learned.images[:5]) == [4, 1]
     assert count(model.anomaly_maps, learned.images[:5], "raw") == [4, 2, 4, 1]
     assert count(model.anomaly_maps, learned.images[:5], "raw") == [4, 1]
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
+    model.to("meta").anomaly_maps(learned.images, "raw")  # M goes where the model went
+    assert {vectors.device.type for vectors in model.memory} == {"meta"}
     elsewhere = patchae.build_model(model.config, "meta")
     batches = list(elsewhere.batches(draw_images(20, 3)))
     assert [(len(batch), batch.device.type) for batch in batches] == [
@@ -644,11 +651,16 @@ def test_a_saved_model_scores_as_before(model, learned, tmp_path):
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_a_checkpoint_holds_every_weight_once(tmp_path, finetune):
-    """A backbone that is trained is there twice: as it is, and as it was."""
+    """A backbone that is trained is there twice: as it is, and as it was.
+
+    Of a thousand images only those that were remembered.
+    """
     model = make_model(finetune_backbone=finetune)
+    model.images = draw_images(1000, 3)[:4]
     model.save(tmp_path / "part.pt")
     parts = [model.backbone, model.encoder, model.decoder, *[model.raw_backbone] * finetune]
     size = sum(value.nbytes for part in parts for value in part.state_dict().values())
+    size += model.images.nbytes
     assert size < (tmp_path / "part.pt").stat().st_size < 1.2 * size
 
 
