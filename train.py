@@ -120,7 +120,7 @@ def fit(model, images, report=lambda step, loss: None):
         {"params": model.encoder.parameters(), "lr": config.encoder_lr},
         {"params": model.backbone.parameters(), "lr": config.encoder_lr}])  # no gradient if frozen
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    model.remembered, model.normal_scores = None, torch.empty(0)
+    model.memory, model.remembered, model.normal_scores = [], None, torch.empty(0)
     with patchae.seeded(config.seed):
         for step in range(1, config.steps + 1):
             i = random.randrange(len(images))

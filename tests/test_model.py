@@ -498,6 +498,7 @@ def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
     """After Ctrl-C half-way: neither the method before nor the new one may use what is there. Nor is
     there a threshold of other images."""
     def stop_half_way(batches):
+        assert not model.memory  # two at once might not fit
         yield from batches[:3]
         raise KeyboardInterrupt
 
@@ -511,6 +512,18 @@ def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
         model.remember(learned.images[:5], progress=stop_half_way)
     with pytest.raises(UserError, match="no threshold"):
         model.threshold()
+
+
+def test_after_a_training_that_stopped_all_is_compared_anew(model, learned):
+    """The network has changed, so neither the old memory nor the old threshold fits."""
+    model.remember(learned.images)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(model, learned.images, Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(UserError, match="no threshold"):
+        model.threshold()
+    maps = model.anomaly_maps(learned.images[:1])
+    model.build_memory()
+    assert torch.equal(maps, model.anomaly_maps(learned.images[:1]))
 
 
 @pytest.mark.parametrize("change", [lambda images: images / 255, lambda images: images[0],
