@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -544,6 +545,13 @@ def test_a_file_that_cannot_be_used(refused):
             path.unlink(missing_ok=True)
         refused(main, argv.split(), path, remedy)
         path.write_bytes(old) if old else path.unlink(missing_ok=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_training(refused, monkeypatch):
+    """Of another user, or on a disk that is full or read-only; it may well exist."""
+    for name in ("TemporaryFile", "TemporaryDirectory"):
+        monkeypatch.setattr(tempfile, name, Mock(side_effect=PermissionError(13, "read-only")))
+    refused(train.main, [], "--out runs", "read-only")
 
 
 def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
