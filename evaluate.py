@@ -5,8 +5,9 @@
     python evaluate.py --category NAME --predict IMAGE_OR_FOLDER [...]
 
 Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
-to predict. Writes tables and pictures to OUT/NAME/METHOD or to OUT/NAME/predictions, and gathers
-the results of all categories in OUT/results.csv.
+to predict. Writes tables and pictures to OUT/NAME/METHOD or to OUT/NAME/predictions (of other
+methods than trained to OUT/NAME/predictions-METHOD), and gathers the results of all categories in
+OUT/results.csv.
 """
 import csv
 import math
