@@ -495,8 +495,10 @@ def test_what_cannot_be_compared_is_said(model):
 
 @pytest.mark.parametrize("first, then", [("trained", "raw"), ("raw", "trained")])
 def test_a_memory_that_is_not_whole_is_built_anew(model, learned, first, then):
-    """After Ctrl-C half-way: neither the method before nor the new one may use what is there. Nor is
-    there a threshold of other images."""
+    """After Ctrl-C half-way neither the method before nor the new one may use what is there.
+
+    Nor is there a threshold, which would be that of other images.
+    """
     def stop_half_way(batches):
         assert not model.memory  # two at once might not fit
         yield from batches[:3]
