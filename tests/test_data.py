@@ -963,9 +963,11 @@ def test_the_toy_set(tmp_path, monkeypatch):
     assert len(set(numbers)) == len(numbers) == 3 * (3 + 2 * 4)
 
 
-DRAWN = {  # mean and deviation of two normal images; of two defects of a kind the pixels, and the
-    "flange": [(96.4, 62.6), (91.9, 59.7)], "felt": [(93.6, 17.6), (93.2, 17.2)],  # clear, faint
-    "gouge": [(276, 196.6, 143.6), (270, 241.2, 177.5)],                           # grey there
+DRAWN = {
+    # two normal images of each part: the mean and the deviation of their grey levels
+    "flange": [(96.4, 62.6), (91.9, 59.7)], "felt": [(93.6, 17.6), (93.2, 17.2)],
+    # two defects of each kind: the pixels of the mask; the mean grey level there, clear and faint
+    "gouge": [(276, 196.6, 143.6), (270, 241.2, 177.5)],
     "oil": [(566, 88.0, 114.1), (638, 91.9, 137.4)],
     "chip": [(210, 38.6, 107.1), (227, 36.8, 95.8)],
     "fibre": [(234, 97.0, 126.8), (234, 93.6, 122.6)],
