@@ -97,7 +97,8 @@ BREAKS = [
     ("mask-only-bright", "data/images.py", "in LOSSY else 0", "in LOSSY else 127",
      "masks with small numbers in place of 255 are empty", [DATA]),
     ("half-written", "data/files.py", "            replace(target, unfinished)\n",
-     "            shutil.rmtree(target, ignore_errors=True)\n            unfinished.replace(target)\n",
+     "            shutil.rmtree(target, ignore_errors=True)\n"
+     "            unfinished.replace(target)\n",
      "a failure at the wrong moment loses the old results", [DATA]),
 ]
 
