@@ -830,10 +830,10 @@ def test_only_the_pictures_of_the_overview_stay_in_memory(workspace, monkeypatch
 
 
 def test_what_is_explained_by_hand():
-    """The worst of each type, then other defective images, six; then good ones above 1.5."""
-    scores = np.array([3, 8, 7, 6, 5, 4, 9, 2, 10, 1])
+    """The worst of each type, then other defective images, six; then good ones above 8."""
+    scores = np.array([3, 7.5, 7, 6, 5, 4, 9, 2, 10, 8])
     kinds = ["dent"] * 7 + ["dirt", "good", "good"]
-    assert evaluate.choose_explained(scores, kinds, 1.5) == [6, 7, 1, 2, 3, 4, 8]
+    assert evaluate.choose_explained(scores, kinds, 8) == [6, 7, 1, 2, 3, 4, 8]
     assert evaluate.choose_explained(scores, kinds, math.nan) == [6, 7, 1, 2, 3, 4]
 
 
