@@ -659,6 +659,8 @@ def test_a_saved_model_scores_as_before(model, learned, tmp_path):
     assert torch.equal(loaded.normal_scores, model.normal_scores)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+    for ours, theirs in zip(loaded.parameters(), model.parameters()):  # it can be trained further
+        assert ours.requires_grad == theirs.requires_grad and ours.device == theirs.device
     for method in patchae.METHODS:
         maps = [one.anomaly_maps(draw_images(2, 4, seed=1), method) for one in (loaded, model)]
         assert torch.equal(*maps), method
