@@ -25,7 +25,7 @@ from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 import patchae
 from data import make_toy
-from data.files import exit_code, make_parser, parse_args, run, whole
+from data.files import exit_code, folder_name, make_parser, parse_args, run, whole
 from data.images import (MASK_NAMES, all_errors, choose_categories, list_images, list_test,
                          progress, read_image, read_images, read_mask, read_readable)
 from patchae import METHODS, PatchAE, UserError
@@ -62,7 +62,7 @@ def parse(argv=None):
     add("--method", nargs="+", choices=METHODS, help="trained: distance in R, the only one with a "
         "threshold; raw: distance between the backbone's features; reconstruction: error of the "
         "decoder (default: trained; with --demo raw and trained)")
-    add("--test", nargs="+", metavar="FOLDER",
+    add("--test", type=folder_name, nargs="+", metavar="FOLDER",
         help="test sets in ROOT/NAME (default: test; with --demo test and test_faint)")
     add("--quantile", type=float, default=0.99, metavar="Q",
         help="the threshold is this quantile of the scores of normal images, each compared with "
@@ -73,8 +73,7 @@ def parse(argv=None):
         raise UserError("--test: belongs to labelled test sets, not to --predict; leave it out")
     method = args.method or (["raw", "trained"] if args.demo else ["trained"])
     test = args.test or (["test", "test_faint"] if args.demo else ["test"])
-    args.method = list(dict.fromkeys(method))
-    args.test = list(dict.fromkeys(name.rstrip("/\\") for name in test))
+    args.method, args.test = list(dict.fromkeys(method)), list(dict.fromkeys(test))
     for name in args.test:
         if not name or set(name) & set("/\\"):
             raise UserError(f"--test {name}: must be the name of a folder in ROOT/NAME")

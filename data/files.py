@@ -92,6 +92,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
+def folder_name(text):
+    """The type of an option: a folder's name, without the slash that completion puts behind it."""
+    return text.rstrip("/\\")
+
+
 def make_parser(description):
     """The parser of a script, and its group "data and results" that both scripts have."""
     parser = Parser(description=description, allow_abbrev=False,
@@ -99,7 +104,8 @@ def make_parser(description):
     group = parser.add_argument_group("data and results")
     add = group.add_argument
     add("--data", type=Path, metavar="ROOT", help="data set: a folder with NAME/train/good")
-    add("--category", nargs="+", default=[], metavar="NAME", help="its categories, or: all")
+    add("--category", type=folder_name, nargs="+", default=[], metavar="NAME",
+        help="its categories, or: all")
     add("--demo", action="store_true",
         help="use the toy set, which is drawn if it is not there, and the settings of the demo")
     add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
@@ -116,7 +122,6 @@ def parse_args(parser, argv):
     if args.demo:
         args.data = args.data or make_toy.ROOT
         args.category = args.category or sorted(make_toy.CATEGORIES)
-    args.category = [name.rstrip("/\\") for name in args.category]
     if args.batch_size is not None and not 1 <= args.batch_size <= MOST_BATCH:
         raise UserError(f"--batch-size {args.batch_size}: must be from 1 to {MOST_BATCH}")
     return args
