@@ -549,13 +549,13 @@ def test_aupro_by_hand(truth, levels, expected):
 def test_aupro_by_another_route():
     """Threshold by threshold, the regions by flood fill; images with ties, of several densities, in
     one a scratch that winds through all of it."""
+    row = np.arange(20)
+    winding = np.repeat(row[:, None] % 4 == 0, 30, axis=1)
+    winding[row % 8 < 4, -1] = winding[row % 8 > 4, 0] = True
+    assert len(list(regions(winding))) == 1
     for density, steps in ((0.02, 1000), (0.1, 30), (0.3, 5), (0.02, 100)):
         truths = np.random.rand(3, 20, 30) < density
-        if steps == 100:
-            row = np.arange(20)
-            truths[0] = row[:, None] % 4 == 0
-            truths[0, row % 8 < 4, -1] = truths[0, row % 8 > 4, 0] = True
-            assert len(list(regions(truths[0]))) == 1
+        truths[0] = winding if steps == 100 else truths[0]
         maps = np.floor(np.random.rand(3, 20, 30) * steps) + truths * steps // 4
         expected = aupro_by_hand(truths, maps)
         assert evaluate.aupro(*map(torch.tensor, (truths, maps))) == pytest.approx(expected)
