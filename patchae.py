@@ -352,9 +352,10 @@ class Config:
 
 
 # The demo needs no download. Random weights give weak features, so here training must improve the
-# backbone, too. Early stages, small patches, no average, and high rates for encoder and backbone.
+# backbone, too. Early stages, small patches, no average, more steps, and a high rate for encoder
+# and backbone. The images are small, so that it is done in two minutes.
 DEMO = Config(backbone="resnet18", weights="random", finetune_backbone=True, layers=(1, 2),
-              image_size=128, patch_size=4, neighbourhood=1, lr=5e-3, encoder_lr=1e-3)
+              image_size=96, patch_size=4, neighbourhood=1, steps=1500, encoder_lr=1e-3)
 
 BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
 

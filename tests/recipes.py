@@ -2,19 +2,22 @@
 
     python tests/recipes.py results   --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py ablations --data ROOT --category NAME ... [--weights FILE]
+    python tests/recipes.py map       --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py demo
 
 `results` scores ROOT's own test sets, `demo` the toy set. `ablations` never opens a test set: of
 the first --most images of train/good it holds out a fifth, draws faint defects on it with the code
-of data/make_toy.py, which training does not use, and scores those. Everything goes to --out, one
-folder for each recipe and seed; what is there already is not run again. Prints a Markdown table:
-image AUROC / pixel AUROC / AUPRO in per cent, mean over the seeds, with the standard deviation of
-the three if it is 0.05 or more; after a comma the missing share.
+of data/make_toy.py, which training does not use, and scores those. `map` scores both: the test set
+and, as test_held_out, the drawn defects. Everything goes to --out, one folder for each recipe and
+seed; what is there already is not run again. Prints a Markdown table: image AUROC / pixel AUROC /
+AUPRO in per cent, mean over the seeds, with the standard deviation of the three if it is 0.05 or
+more; after a comma the missing share.
 """
 import argparse
 import contextlib
 import csv
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,8 +30,12 @@ import train  # noqa: E402
 from data import make_toy  # noqa: E402
 from data.images import list_images, read_image  # noqa: E402
 
+SMALL = "--image-size 256 --patch-size 8".split()
+RANDOM = "--weights random".split()
+FROZEN = [*SMALL, "--steps", "0"]
 END_TO_END = "--finetune-backbone --layers 1 2 --lr 5e-3 --encoder-lr 1e-3 --steps 1500".split()
-TEXTURES = ["--weights", "random", "--image-size", "256", "--patch-size", "8", *END_TO_END]
+STAGES_12, STAGES_123 = "--layers 1 2".split(), "--layers 1 2 3".split()
+TEXTURES = [*RANDOM, *SMALL, *END_TO_END]
 # name: (options of train.py, method of evaluate.py, folder whose checkpoint is used)
 RESULTS = {
     "raw features Φ": ([], "raw", "default"),
@@ -49,6 +56,22 @@ ABLATIONS = {
     "end to end from ImageNet": (END_TO_END, "trained", "end-to-end"),
     "end to end from random weights": (TEXTURES, "trained", "textures"),
 }
+MAP = {
+    "ImageNet, stages 1 to 3, frozen: Φ": (FROZEN, "raw", "imagenet-123"),
+    "ImageNet, stages 1 and 2, frozen: Φ": ([*FROZEN, *STAGES_12], "raw", "imagenet-12"),
+    "random, stages 1 to 3, frozen: Φ": ([*FROZEN, *RANDOM], "raw", "random-123"),
+    "random, stages 1 and 2, frozen: Φ": ([*FROZEN, *RANDOM, *STAGES_12], "raw", "random-12"),
+    "random, stages 1 and 2, end to end at 1e-3": (TEXTURES, "trained", "random-12-1e-3"),
+    "the same at 1e-4": ([*TEXTURES, "--encoder-lr", "1e-4"], "trained", "random-12-1e-4"),
+    "random, stages 1 to 3, end to end at 1e-3": ([*TEXTURES, *STAGES_123], "trained",
+                                                  "random-123-1e-3"),
+    "ImageNet, stages 1 and 2, end to end at 1e-3": ([*SMALL, *END_TO_END], "trained",
+                                                     "imagenet-12-1e-3"),
+    "the same, at 1e-4": ([*SMALL, *END_TO_END, "--encoder-lr", "1e-4"], "trained",
+                          "imagenet-12-1e-4"),
+    "the same, at 1e-5": ([*SMALL, *END_TO_END, "--encoder-lr", "1e-5"], "trained",
+                          "imagenet-12-1e-5"),
+}
 DEMO = {
     "raw random Φ": (["--demo"], "raw", "demo"),
     "trained R": (["--demo"], "trained", "demo"),
@@ -56,6 +79,7 @@ DEMO = {
 }
 HELD_OUT_PART = 5          # one image in five is held out
 FAINT = (0.12, 0.5)        # strength of the drawn defects: hard enough that raw features miss some
+HELD_OUT = "test_held_out"
 DEFECTS = (make_toy.hole, make_toy.thread, make_toy.grease)
 
 
@@ -66,22 +90,22 @@ def save(image, path):
 
 
 def hold_out(source, target, most):
-    """Split source/train/good into target/train/good and a test set with faint drawn defects."""
+    """Split source/train/good into target/train/good and a test set of faint drawn defects."""
     paths = list_images(source / "train" / "good")[:most]
     rng = np.random.default_rng(0)
     held = set(rng.permutation(len(paths))[::HELD_OUT_PART].tolist())
     side = make_toy.SIZE
     for i, path in enumerate(paths):
         image = np.asarray(read_image(path).resize((side, side)))
-        save(image, target / ("test" if i in held else "train") / "good" / f"{i:03d}.png")
+        save(image, target / (HELD_OUT if i in held else "train") / "good" / f"{i:03d}.png")
         for defect in DEFECTS if i in held else ():
             mask = Image.new("L", (side, side))
             place = make_toy.on_border if rng.random() < 1 / 4 else make_toy.inside
             drawn = defect(image.astype(float), mask, rng, place)
             faint = image + rng.uniform(*FAINT) * (drawn - image)
             kind = defect.__name__
-            save(faint.clip(0, 255).astype(np.uint8), target / "test" / kind / f"{i:03d}.png")
-            save(np.asarray(mask), target / "ground_truth" / kind / f"{i:03d}_mask.png")
+            save(faint.clip(0, 255).astype(np.uint8), target / HELD_OUT / kind / f"{i:03d}.png")
+            save(np.asarray(mask), target / "ground_truth_held_out" / kind / f"{i:03d}_mask.png")
 
 
 def rows_of(path):
@@ -141,21 +165,25 @@ def prepare(args):
     for category in args.category:
         if not (held_out / category).exists():
             hold_out(args.data / category, held_out / category, args.most)
-    return held_out, ABLATIONS, columns
+        for folder in ("test", "ground_truth") if args.table == "map" else ():
+            shutil.copytree(args.data / category / folder, held_out / category / folder,
+                            dirs_exist_ok=True)
+    drawn = [(name, HELD_OUT) for name in args.category]
+    return (held_out, MAP, columns + drawn) if args.table == "map" else (held_out, ABLATIONS, drawn)
 
 
 def main():
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("table", choices=("results", "ablations", "demo"))
+    parser.add_argument("table", choices=("results", "ablations", "map", "demo"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--category", nargs="+", default=[])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows, from 0")
-    parser.add_argument("--most", type=int, default=60, help="ablations: first images")
+    parser.add_argument("--most", type=int, default=60, help="ablations, map: first images")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     args, args.train = parser.parse_known_args()  # what is left goes to every train.py
     if args.table != "demo" and not (args.data and args.category):
