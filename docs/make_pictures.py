@@ -128,7 +128,7 @@ def chart(title, x_range, y_range, x_name, y_name, legend):
     for part in np.linspace(0, 1, 5):
         x = x_range[0] + part * (x_range[1] - x_range[0])
         y = y_range[0] + part * (y_range[1] - y_range[0])
-        text(draw, np.add(place(x, y_range[0]), (0, 5)).tolist(), f"{x:.3g}", anchor="ma")
+        text(draw, np.add(place(x, y_range[0]), (0, 5)).tolist(), f"{x:.4g}", anchor="ma")
         text(draw, np.add(place(x_range[0], y), (-6, 0)).tolist(), f"{y:.3g}", anchor="rm")
     text(draw, (LEFT, 8), title, size=17)
     text(draw, (WIDTH / 2, HEIGHT - 22), x_name, anchor="ma")
