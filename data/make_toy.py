@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 ROOT = Path(__file__).parent / "toy"
-SIZE = 256                           # pixels; the demo's network takes half of it
+SIZE = 256                           # pixels; the demo resizes to 96
 SCALE = 2                            # drawn larger and shrunk, for smooth edges
 TRAIN = 40                           # normal training images of each category
 GOOD = 20                            # normal test images
