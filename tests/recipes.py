@@ -33,9 +33,10 @@ from data.images import list_images, read_image  # noqa: E402
 SMALL = "--image-size 256 --patch-size 8".split()
 RANDOM = "--weights random".split()
 FROZEN = [*SMALL, "--steps", "0"]
-END_TO_END = "--finetune-backbone --layers 1 2 --lr 5e-3 --encoder-lr 1e-3 --steps 1500".split()
-STAGES_12, STAGES_123 = "--layers 1 2".split(), "--layers 1 2 3".split()
-TEXTURES = [*RANDOM, *SMALL, *END_TO_END]
+END_TO_END = "--finetune-backbone --lr 5e-3 --encoder-lr 1e-3 --steps 1500".split()
+STAGES_12 = "--layers 1 2".split()
+IMAGENET_12 = [*SMALL, *END_TO_END, *STAGES_12]
+TEXTURES = [*RANDOM, *IMAGENET_12]
 # name: (options of train.py, method of evaluate.py, folder whose checkpoint is used)
 RESULTS = {
     "raw features Φ": ([], "raw", "default"),
@@ -51,9 +52,9 @@ ABLATIONS = {
     "defects count like all else": (["--defect-weight", "0"], "trained", "weight-0"),
     "encoder rate 1e-3": (["--encoder-lr", "1e-3"], "trained", "encoder-1e-3"),
     "random start": (["--start", "random", "--encoder-lr", "2e-3"], "trained", "random-start"),
-    "stages 1 and 2": (["--layers", "1", "2"], "trained", "stages-12"),
+    "stages 1 and 2": (STAGES_12, "trained", "stages-12"),
     "no average, raw": (["--neighbourhood", "1", "--steps", "0"], "raw", "average-1"),
-    "end to end from ImageNet": (END_TO_END, "trained", "end-to-end"),
+    "end to end from ImageNet": ([*END_TO_END, *STAGES_12], "trained", "end-to-end"),
     "end to end from random weights": (TEXTURES, "trained", "textures"),
 }
 MAP = {
@@ -63,14 +64,11 @@ MAP = {
     "random, stages 1 and 2, frozen: Φ": ([*FROZEN, *RANDOM, *STAGES_12], "raw", "random-12"),
     "random, stages 1 and 2, end to end at 1e-3": (TEXTURES, "trained", "random-12-1e-3"),
     "the same at 1e-4": ([*TEXTURES, "--encoder-lr", "1e-4"], "trained", "random-12-1e-4"),
-    "random, stages 1 to 3, end to end at 1e-3": ([*TEXTURES, *STAGES_123], "trained",
+    "random, stages 1 to 3, end to end at 1e-3": ([*RANDOM, *SMALL, *END_TO_END], "trained",
                                                   "random-123-1e-3"),
-    "ImageNet, stages 1 and 2, end to end at 1e-3": ([*SMALL, *END_TO_END], "trained",
-                                                     "imagenet-12-1e-3"),
-    "the same, at 1e-4": ([*SMALL, *END_TO_END, "--encoder-lr", "1e-4"], "trained",
-                          "imagenet-12-1e-4"),
-    "the same, at 1e-5": ([*SMALL, *END_TO_END, "--encoder-lr", "1e-5"], "trained",
-                          "imagenet-12-1e-5"),
+    "ImageNet, stages 1 and 2, end to end at 1e-3": (IMAGENET_12, "trained", "imagenet-12-1e-3"),
+    "the same, at 1e-4": ([*IMAGENET_12, "--encoder-lr", "1e-4"], "trained", "imagenet-12-1e-4"),
+    "the same, at 1e-5": ([*IMAGENET_12, "--encoder-lr", "1e-5"], "trained", "imagenet-12-1e-5"),
 }
 DEMO = {
     "raw random Φ": (["--demo"], "raw", "demo"),
