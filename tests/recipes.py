@@ -1,4 +1,4 @@
-"""Repeat the tables of docs/results.md: train and evaluate each recipe. By hand, not by pytest.
+"""Repeat the tables of docs/results.md, and the map of docs/notebook.md. By hand, not by pytest.
 
     python tests/recipes.py results   --data ROOT --category NAME ... [--weights FILE]
     python tests/recipes.py ablations --data ROOT --category NAME ... [--weights FILE]
