@@ -336,6 +336,17 @@ def test_inputs_are_random_images_with_new_defects(learned, model, monkeypatch):
     assert number(image) == number(other) == number(plain[0]) == 0 and not mask.any()
 
 
+def test_only_on_a_cpu_is_the_kind_of_adam_chosen(model, monkeypatch):
+    """With None torch chooses. False would forbid the faster kinds, which it chooses on a GPU."""
+    adam = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    for device, chosen in (("cpu", True), ("cuda", None), ("mps", None)):
+        monkeypatch.setattr(patchae.PatchAE, "device", torch.device(device))
+        with pytest.raises(InterruptedError):
+            train.fit(model, draw_images(2, 3))
+        assert adam.call_args.kwargs == {"fused": chosen}
+
+
 def test_training_learns_to_rebuild_defects(learned):
     """The thesis in small: the loss falls, and of new defects more is rebuilt."""
     losses = [loss.item() for _, loss in learned.losses]
