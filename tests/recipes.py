@@ -63,12 +63,12 @@ MAP = {
     "random, stages 1 to 3, frozen: Φ": ([*FROZEN, *RANDOM], "raw", "random-123"),
     "random, stages 1 and 2, frozen: Φ": ([*FROZEN, *RANDOM, *STAGES_12], "raw", "random-12"),
     "random, stages 1 and 2, end to end at 1e-3": (TEXTURES, "trained", "random-12-1e-3"),
-    "the same at 1e-4": ([*TEXTURES, "--encoder-lr", "1e-4"], "trained", "random-12-1e-4"),
+    "random at 1e-4": ([*TEXTURES, "--encoder-lr", "1e-4"], "trained", "random-12-1e-4"),
     "random, stages 1 to 3, end to end at 1e-3": ([*RANDOM, *SMALL, *END_TO_END], "trained",
                                                   "random-123-1e-3"),
     "ImageNet, stages 1 and 2, end to end at 1e-3": (IMAGENET_12, "trained", "imagenet-12-1e-3"),
-    "the same, at 1e-4": ([*IMAGENET_12, "--encoder-lr", "1e-4"], "trained", "imagenet-12-1e-4"),
-    "the same, at 1e-5": ([*IMAGENET_12, "--encoder-lr", "1e-5"], "trained", "imagenet-12-1e-5"),
+    "ImageNet at 1e-4": ([*IMAGENET_12, "--encoder-lr", "1e-4"], "trained", "imagenet-12-1e-4"),
+    "ImageNet at 1e-5": ([*IMAGENET_12, "--encoder-lr", "1e-5"], "trained", "imagenet-12-1e-5"),
 }
 DEMO = {
     "raw random Φ": (["--demo"], "raw", "demo"),
@@ -163,11 +163,14 @@ def prepare(args):
     for category in args.category:
         if not (held_out / category).exists():
             hold_out(args.data / category, held_out / category, args.most)
-        for folder in ("test", "ground_truth") if args.table == "map" else ():
+    drawn = [(name, HELD_OUT) for name in args.category]
+    if args.table == "ablations":
+        return held_out, ABLATIONS, drawn
+    for category in args.category:
+        for folder in ("test", "ground_truth"):
             shutil.copytree(args.data / category / folder, held_out / category / folder,
                             dirs_exist_ok=True)
-    drawn = [(name, HELD_OUT) for name in args.category]
-    return (held_out, MAP, columns + drawn) if args.table == "map" else (held_out, ABLATIONS, drawn)
+    return held_out, MAP, columns + drawn
 
 
 def main():
