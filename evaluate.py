@@ -443,7 +443,7 @@ def predict_category(name, args, device):
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
         paths += [path] if path.is_file() else list_images(path, without=args.out)
-    paths = list(dict.fromkeys(paths))
+    paths = list({os.path.abspath(path): path for path in paths}.values())  # each image once
     model, threshold = load_model(name, args, device)
     for method in args.method:
         limit = threshold if method == "trained" else math.nan
