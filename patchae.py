@@ -23,7 +23,8 @@ Notation
     k       neighbourhood                     side of the neighbourhood that is averaged, in places
     n       count          (1, 1, h, w)       neighbours that exist: k² inside, fewer at the border
     C       c                                 channels of Φ
-    Φ       features       (B, C, H', W')     maps of the backbone on the patch grid, joined; ≥ 0
+    Φ_l     stage_map      (B, C_l, h, w)     map of stage l of the backbone, ≥ 0
+    Φ       features       (B, C, H', W')     these maps on the patch grid, joined
     C₃      c3                                channels of R
     R       r              (B, C₃, H', W')    representation; the vector r_ij belongs to one patch
     I_ij    patches        (B, 3p², H', W')   the image cut into patches of p × p pixels
@@ -159,30 +160,30 @@ def make_backbone(name, layers):
     return create_feature_extractor(resnet, [f"layer{stage}" for stage in layers]).eval()
 
 
-def temper_contrast(features):
-    """Divide each vector by the square root of its length: (B, C, h, w) ≥ 0 to the same.
+def temper_contrast(stage_map):
+    """Divide each vector by the square root of its length: (B, C_l, h, w) ≥ 0 to the same.
 
     Our choice: at four times the contrast the vector becomes only twice as long. Highlights differ
     most from one normal image to the next, and would count more than a defect in the dark.
     """
-    length = features.norm(dim=1, keepdim=True)                           # (B, 1, h, w)
-    return features / length.clamp(min=TINY).sqrt()                       # (B, C, h, w)
+    length = stage_map.norm(dim=1, keepdim=True)                          # (B, 1, h, w)
+    return stage_map / length.clamp(min=TINY).sqrt()                      # (B, C_l, h, w)
 
 
-def average_neighbours(features, neighbourhood):
-    """Add up the n of k × k neighbours that exist and divide by k √n: (B, C, h, w) to the same.
+def average_neighbours(stage_map, neighbourhood):
+    """Add up the k × k places around each place and divide by k √n: (B, C_l, h, w) to the same.
 
-    Our choice: after the average a patch that moved a little still matches. Inside the image
-    n = k², and this is the mean. At the border a plain mean has fewer values, so it varies more,
-    and normal images would score highest there. The sum of n independent values has a standard
-    deviation that grows with √n. So after the division by k √n all places vary alike. The price:
-    the vectors at the border become shorter, by the factor √n / k.
+    n of these places exist. Our choice: after the average a patch that moved a little still
+    matches. Inside the image n = k², and this is the mean. At the border a plain mean has fewer
+    values, so it varies more, and normal images would score highest there. The sum of n independent
+    values has a standard deviation that grows with √n. So after the division by k √n all places
+    vary alike. The price: the vectors at the border become shorter, by the factor √n / k.
     """
     k = neighbourhood
-    ones = torch.ones_like(features[:1, :1])                              # (1, 1, h, w)
-    total = k**2 * F.avg_pool2d(features, k, stride=1, padding=k // 2)    # (B, C, h, w): the sum
+    ones = torch.ones_like(stage_map[:1, :1])                             # (1, 1, h, w)
+    total = k**2 * F.avg_pool2d(stage_map, k, stride=1, padding=k // 2)   # (B, C_l, h, w): the sum
     count = k**2 * F.avg_pool2d(ones, k, stride=1, padding=k // 2)        # (1, 1, h, w): n
-    return total / (k * count.sqrt())                                     # (B, C, h, w)
+    return total / (k * count.sqrt())                                     # (B, C_l, h, w)
 
 
 def concatenate_scales(maps, grid, neighbourhood):
@@ -219,10 +220,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.W1 = nn.Conv2d(c, c3, 1)   # W₁, b₁
         self.W2 = nn.Conv2d(c3, c3, 1)  # W₂, b₂
-        if start == "identity" and c != c3:
-            raise UserError(f"channels = {c3} (option --channels): the identity needs as many as ⊕ "
-                            f"has, {c}; leave the option out, or use --start random")
         if start == "identity":
+            if c != c3:
+                raise UserError(f"channels = {c3} (option --channels): the identity needs as many "
+                                f"as ⊕ has, {c}; leave the option out, or use --start random")
             for layer in (self.W1, self.W2):
                 nn.init.dirac_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -486,10 +487,10 @@ class PatchAE(nn.Module):
         make its score 0, so copies are left out together with it.
         """
         N = len(self.images)
+        scored = min(N, self.config.threshold_images)
         first = first_copies(self.images)
-        stride = math.ceil(N / max(1, self.config.threshold_images))
         scores = []
-        for i in progress(range(0, N if self.config.threshold_images else 0, stride)):
+        for i in progress([n * N // scored for n in range(scored)]):
             others = [vectors for j, vectors in enumerate(self.memory) if first[j] != first[i]]
             if others:
                 image, = self.batches(self.images[i:i + 1])

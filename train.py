@@ -26,7 +26,7 @@ from patchae import DEMO, Config, PatchAE, UserError
 REPORTS = 10     # our choice: lines of the log
 PREVIEWS = 6     # our choice: rows of defects.png, as many as fit on a screen
 CHECKED = 24     # our choice: images with new artificial defects, for the missing share
-DIVERGED = 1e4   # our choice: grey patches have a loss below 0.25 and a missing share below 100
+DIVERGED = 1e4   # our choice: loss and missing share together; grey patches stay far below it
 CHECK_SEED = 2**31  # added to the seed, so that the new defects are not those of training
 
 
@@ -101,7 +101,7 @@ def add_training_options(group):
 # ---- training -----------------------------------------------------------------------------------
 def with_defects(images, i):
     """Image i of (N, 3, H, W) uint8 with defects: (1, 3, H, W) in [0, 1], and (1, 1, H, W) bool."""
-    other = random.choice([j for j in range(len(images)) if j != i] or [i])
+    other = random.choice([j for j in range(len(images)) if j != i] or [i])  # a single one: itself
     image, mask = patchae.add_defects(images[i] / 255, images[other] / 255)
     return image[None], mask[None]                                        # (1, …, H, W)
 
@@ -150,13 +150,13 @@ def rebuild_images(model, images):
     return patchae.unpatchify(patches, model.config.patch_size).clamp(0, 1)  # (N, 3, H, W)
 
 
-def missing_share(rebuilt, defected, normal, masks):
+def missing_share(drawn, defected, normal, masks):
     """The squared error inside the defects, divided by that of the images without them.
 
     0 if every defect is rebuilt, 1 if none is. All (N, 3, H, W) in [0, 1], masks (N, 1, H, W) bool.
     Our choice: a number that compares defects of any size and colour.
     """
-    error = ((rebuilt - defected).square() * masks).sum()
+    error = ((drawn - defected).square() * masks).sum()
     return (error / ((normal - defected).square() * masks).sum()).item()
 
 
@@ -183,8 +183,8 @@ class Log:
         self.losses.append(loss)
         if step % math.ceil(steps / REPORTS) and step < steps:
             return
-        rebuilt = rebuild_images(self.model, self.defected)
-        missing = missing_share(rebuilt, self.defected, self.normal, self.masks)
+        drawn = rebuild_images(self.model, self.defected)
+        missing = missing_share(drawn, self.defected, self.normal, self.masks)
         loss = sum(self.losses) / len(self.losses)
         if not loss + missing < DIVERGED:  # true of NaN, too
             raise UserError(f"{self.name}: the loss is {loss} at step {step}; use a smaller --lr "
