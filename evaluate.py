@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 import patchae
 from data import make_toy
-from data.files import exit_code, folder_name, make_parser, parse_args, run, whole
+from data.files import (check_replaceable, exit_code, folder_name, make_parser, parse_args, run,
+                        whole)
 from data.images import (MASK_NAMES, all_errors, choose_categories, list_images, list_test,
-                         progress, read_image, read_images, read_mask, read_readable)
+                         progress, read_image, read_images, read_mask, read_readable, real)
 from patchae import METHODS, PatchAE, UserError
 
 RESULT = ["category", "test_set", "method", "image_auroc", "pixel_auroc", "aupro",
@@ -221,7 +222,8 @@ def write_overview(path, columns, titles, scale, unit):
     for x, (column, title) in enumerate(zip(columns, titles)):
         write_text(draw, x * (CELL + GAP) + GAP, GAP, title)
         for y, picture in enumerate(column):
-            cell = ImageOps.contain(picture, (CELL, CELL))
+            cell = picture.resize([max(1, round(side * CELL / max(picture.size)))
+                                   for side in picture.size])
             sheet.paste(cell, (x * (CELL + GAP), LINE + y * (CELL + GAP)))
     legend = 2 * CELL
     ramp = torch.linspace(*RANGE, legend).expand(LINE, legend) * scale
@@ -389,6 +391,9 @@ def choose_explained(scores, kinds, threshold):
 def evaluate_test(name, args, model, method, test, samples, threshold):
     """Score one test set by one method; write tables and pictures."""
     config, watch = model.config, partial(progress, f"{name} {test} {method}")
+    suffix = "" if test == "test" else f"-{test}"
+    target = args.out / name / f"{method}{suffix}"
+    check_replaceable(target, args.out)
     paths, kinds, masks = zip(*samples)
     defective = np.array([kind != "good" for kind in kinds])
     _, maps, errors, seconds, equal = score_files(paths, model, method, watch)
@@ -410,8 +415,7 @@ def evaluate_test(name, args, model, method, test, samples, threshold):
     shown = sorted(first, key=lambda n: defective[n])  # the good ones first
     truths = [read_mask(masks[n], paths[n], config.image_size) for n in shown]
     explained = choose_explained(scores, kinds, threshold)
-    suffix = "" if test == "test" else f"-{test}"
-    with whole(args.out / name / f"{method}{suffix}") as folder:
+    with whole(target) as folder:
         folder.mkdir()
         write_results(folder, paths, maps, threshold, shown, truths, watch)
         write_nearest(folder / "nearest.png", model, [paths[n] for n in explained],
@@ -443,17 +447,18 @@ def predict_category(name, args, device):
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
         paths += [path] if path.is_file() else list_images(path, without=args.out)
-    paths = list({os.path.abspath(path): path for path in paths}.values())  # each image once
+    paths = list({real(path.parent) / path.name: path for path in paths}.values())  # each once
     model, threshold = load_model(name, args, device)
     for method in args.method:
         limit = threshold if method == "trained" else math.nan
         watch = partial(progress, f"{name} {method}")
+        suffix = "" if method == "trained" else f"-{method}"
+        target = args.out / name / f"predictions{suffix}" / prediction_name(args.predict)
+        check_replaceable(target, args.out)
         readable, maps, errors, _, equal = score_files(paths, model, method, watch)
         if equal:
             print(f"{name}: {equal} images are identical to normal training images")
         shown = patchae.image_score(maps).argsort(descending=True, stable=True)[:RANKED].tolist()
-        suffix = "" if method == "trained" else f"-{method}"
-        target = args.out / name / f"predictions{suffix}" / prediction_name(args.predict)
         with whole(target) as folder:
             folder.mkdir()
             rows = write_results(folder, readable, maps, limit, shown, [], watch)
@@ -479,20 +484,30 @@ def mean_row(rows):
     return ["mean", *rows[0][1:3], *numbers.mean(axis=0).filled(math.nan)]
 
 
+def written(name):
+    """A name as write_csv writes it: bytes that are no UTF-8 as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def gather_results(out, names, tests, methods):
-    """Write every OUT/NAME/*/result.csv to OUT/results.csv; print what was asked for."""
-    rows = []
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]  # as in the files
+    """Write every OUT/NAME/*/result.csv to OUT/results.csv; print what was asked for.
+
+    Files with another header are not ours, and a copy of a folder names another category.
+    """
+    rows, asked = [], [written(name) for name in names]
     for path in sorted(out.glob("[!.]*/[!.]*/result.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows += list(csv.reader(file))[1:]
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            header, *found = [*csv.reader(file)] or [[]]
+        if header == RESULT:
+            name = written(path.parent.parent.name)
+            rows += [row for row in found if len(row) == len(RESULT) and row[0] == name]
     with whole(out / "results.csv") as unfinished:
         write_csv(unfinished, RESULT, rows)
     print(f"\n{'category':16} {'test set':11} {'method':15} {'image AUROC':>11} "
           f"{'pixel AUROC':>11} {'AUPRO':>9} {'s/image':>8}")
     for test in tests:
         for method in methods:
-            found = [row for row in rows if row[0] in names and row[1:3] == [test, method]]
+            found = [row for row in rows if row[0] in asked and row[1:3] == [test, method]]
             for row in [*found, mean_row(found)] if len(found) > 1 else found:
                 *metrics, seconds = (float(value) for value in row[METRICS])
                 shown = [f"{value:.1%}".replace("nan%", "undefined") for value in metrics]

@@ -505,7 +505,7 @@ class PatchAE(nn.Module):
         UserError: see check_images.
         """
         self.check_images(images)
-        self.images, self.names = images, list(names)
+        self.images, self.names = images, [str(name) for name in names]
         self.normal_scores = torch.empty(0)  # after an interruption no old threshold is left
         self.build_memory("trained", progress)
         self.normal_scores = self.score_normal_images(progress)
@@ -617,6 +617,8 @@ def load_weights(backbone, name, source):
         missing = backbone.load_state_dict(state, strict=False).missing_keys  # layer4, fc: unused
         if missing:
             raise KeyError(missing[0])
+        if not all(weight.isfinite().all() for weight in backbone.state_dict().values()):
+            raise ValueError("numbers that are not finite")
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
         raise UserError(f"--weights {source}: does not fit --backbone {name} ({error!r:.99}); "
                         f"give a state-dict file, put the download into {torch.hub.get_dir()}"

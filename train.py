@@ -19,7 +19,8 @@ from torchvision.utils import save_image
 
 import patchae
 from data import make_toy
-from data.files import check_writable, exit_code, make_parser, parse_args, run, whole
+from data.files import (check_replaceable, check_writable, exit_code, make_parser, parse_args, run,
+                        whole)
 from data.images import choose_categories, list_images, progress, read_images
 from patchae import DEMO, Config, PatchAE, UserError
 
@@ -35,7 +36,8 @@ def parse(argv=None):
     """The command line: (args, the Config that its options make). UserError."""
     parser, group = make_parser(__doc__)
     group.add_argument("--skip-finished", action="store_true",
-                       help="leave out what was trained before with the same images and options")
+                       help="leave out what was trained before with the same images and options "
+                       "(of --weights FILE only the name is compared)")
     add_method_options(parser.add_argument_group("method"))
     add_training_options(parser.add_argument_group("training"))
     args = parse_args(parser, argv)
@@ -106,6 +108,7 @@ def with_defects(images, i):
     return image[None], mask[None]                                        # (1, …, H, W)
 
 
+@torch.enable_grad()
 def fit(model, images, report=lambda step, loss: None):
     """Train a PatchAE on normal images (N, 3, H, W) uint8; report is called after each step.
 
@@ -251,9 +254,7 @@ def train_category(name, args, config, device):
     if finished and (len(before.normal_scores) or not scorable):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
-    if folder.exists() and any(folder.iterdir()) and not (folder / "train.csv").exists():
-        raise UserError(f"--out {args.out}: {folder} holds other files than results and would be "
-                        "replaced; choose another --out")
+    check_replaceable(folder, args.out)
     check_writable(args.out)
     model = before or patchae.build_model(config)
     model.config, model.batch_size = config, args.batch_size
@@ -268,7 +269,7 @@ def train_category(name, args, config, device):
         log = Log(model, images, name)
         print(f"{name}: backbone {config.backbone}, weights {config.weights}")
         fit(model, images, log)
-    write_folder(folder, model, log, kept)  # before what may need too much memory
+        write_folder(folder, model, log, kept)  # before what may need too much memory
     model.remember(images, model.names, watch)
     write_folder(folder, model, log, kept)  # all of it: another process may have replaced it
     print(f"{name}: wrote {folder / 'checkpoint.pt'}")

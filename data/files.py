@@ -11,10 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import make_toy
+from data.images import real
 from patchae import UserError
 
 ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
+RESULTS = re.compile(  # what a results folder holds; hidden files are the system's
+    r"\..*|(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)|heatmaps"
+    r"|(trained|raw|reconstruction|predictions)(-.*)?")
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  # as torch says it
 
 
@@ -26,7 +30,7 @@ def whole(path):
     UserError where something cannot be written.
     """
     mark = f".part-{platform.node()}@"  # no host name has an @
-    target = path.resolve()  # a link to a folder elsewhere stays one
+    target = real(path)  # a link to a folder elsewhere stays one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target, mark)
@@ -48,8 +52,19 @@ def check_writable(out):
         raise UserError(f"--out {out}: cannot be written ({error}); choose another") from error
 
 
+def check_replaceable(folder, out):
+    """UserError if a results folder, which would be replaced, holds other files than results."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not RESULTS.fullmatch(name)]
+    if foreign:
+        raise UserError(f"--out {out}: {folder} holds other files than results ({foreign[0]}) and "
+                        "would be replaced; move them, or choose another --out")
+
+
 def replace(path, new):
     """Rename what is at `path` aside and `new` to `path`; then remove the old, or put it back."""
+    if path.is_dir() and not new.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
     for attempt in range(ATTEMPTS):  # again if another process puts its own result there meanwhile
         aside = path.with_name(f".before-{path.name}-{os.getpid()}-{attempt}")
         try:
@@ -76,8 +91,8 @@ def remove_leftovers(path, mark):
                 os.kill(int(part.name.removeprefix(mark).split("-")[0]), 0)
         except ProcessLookupError:
             shutil.rmtree(part, ignore_errors=True)
-        except OSError:
-            pass  # a process of another user
+        except (OSError, ValueError, OverflowError):
+            pass  # a process of another user, or a name that is not ours
     old = re.compile(rf"\.before-{re.escape(path.name)}-\d+-\d+")
     for aside in path.parent.iterdir() if path.exists() else ():
         if old.fullmatch(aside.name):
@@ -155,5 +170,5 @@ def run(main):
     try:
         sys.exit(exit_code(main))
     except KeyboardInterrupt:
-        print("\ninterrupted; results are whole, or as they were before", file=sys.stderr)
+        print("\ninterrupted; no file is half-written", file=sys.stderr)
         sys.exit(130)

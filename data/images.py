@@ -17,6 +17,7 @@ SMALLEST = 8   # pixels of a side: less than a patch shows nothing
 NAMED = 20     # bad files that an error names; more would hide its end
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 DRAFT = 3      # sides of the resized image: then pixels differ by one grey level, rarely two
+SYSTEM = ("System Volume Information", "$RECYCLE.BIN", "lost+found")  # of a disk, closed to users
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # formats that blur the edges of a mask
 MASK_NAMES = "STEM.png, STEM_mask.png or STEM_mask_*.png"  # for the image STEM.*, any suffix
 ORIENTATION = 0x0112  # the EXIF entry; its values 2 to 8 say how the picture is to be turned
@@ -44,19 +45,27 @@ def choose_categories(root, names):
     return there if "all" in names else list(dict.fromkeys(names))
 
 
+def real(path):
+    """A path without links. (Path.resolve fails at a link that leads to itself.)"""
+    return Path(os.path.realpath(path))
+
+
 def walk(folder):
-    """Yield the files in and below a folder, without hidden ones.
+    """Yield the files in and below a folder, without hidden ones and those of the system.
 
     Links to folders are followed; a folder that was seen, or lies above, is not entered again.
     """
-    seen = {str(path) for path in Path(folder).resolve().parents}
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
+    def refuse(error):
+        """A folder that may not be read is an error: without it numbers would be wrong."""
+        raise error
+
+    seen = set(real(folder).parents)
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if real(here) in seen:
             folders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        seen.add(real(here))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in SYSTEM)
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
@@ -68,8 +77,8 @@ def list_images(folder, without=None):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = sorted(walk(folder))
-    if without and without.resolve() not in (folder.resolve(), *folder.resolve().parents):
-        files = [path for path in files if without.resolve() not in path.resolve().parents]
+    if without and real(without) not in (real(folder), *real(folder).parents):
+        files = [path for path in files if real(without) not in real(path).parents]
     skipped = Counter(path.suffix.lower() or "without suffix" for path in files
                       if path.suffix.lower() not in SUFFIXES)
     if skipped:
@@ -94,7 +103,7 @@ def list_test(folder, test="test"):
             raise UserError(f"{path}: expected in {folder / test}/TYPE; move it there")
         masks = folder / truth / path.parent.name
         wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
-        found = [mask for mask in sorted(masks.glob("*"))
+        found = [mask for mask in (sorted(masks.iterdir()) if masks.exists() else ())
                  if mask.suffix.lower() in SUFFIXES and wanted.fullmatch(mask.stem)]
         kind = path.parent.name
         samples.append((path, "good" if kind.lower() == "good" else kind, found))

@@ -250,7 +250,7 @@ def draw_category(root, name, seed=0, strength=STRENGTH):
                 save(np.asarray(mask), masks, kind, f"{n:03d}_mask.png")
 
 
-def draw_if_absent(root):
+def draw_if_absent(root, seed=0, strength=STRENGTH):
     """Draw what is missing; under another name first, so that a category is whole or absent."""
     for name in CATEGORIES:
         if (root / name).exists():
@@ -258,7 +258,7 @@ def draw_if_absent(root):
         print(f"drawing the toy set into {root / name}")
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=root) as unfinished:
-            draw_category(Path(unfinished), name)
+            draw_category(Path(unfinished), name, seed, strength)
             if not (root / name).exists():  # else another process was faster
                 Path(unfinished, name).rename(root / name)
 
@@ -273,14 +273,18 @@ def main(argv=None):
     parser.add_argument("--strength", type=float, nargs=2, default=STRENGTH,
                         metavar=("LOW", "HIGH"),
                         help="opacity of the faint defects, 0 to 1 (default: 0.25 0.5)")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the options\n")
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.exit(2, f"error: --seed {args.seed}: must be 0 or more\n")
     if not 0 <= args.strength[0] <= args.strength[1] <= 1:
         parser.exit(2, "error: --strength: must be two numbers from 0 to 1, the lower first\n")
+    there = [name for name in CATEGORIES if (args.out / name).exists()]
+    if there:
+        parser.exit(2, f"error: --out {args.out}: {there[0]} is there already; remove it, or choose "
+                       "another folder\n")
     try:
-        for category in CATEGORIES:
-            draw_category(args.out, category, args.seed, args.strength)
+        draw_if_absent(args.out, args.seed, args.strength)
     except OSError as fault:
         parser.exit(2, f"error: --out {args.out}: cannot be written ({fault})\n")
 

@@ -5,6 +5,7 @@ The oracles are NumPy, Pillow and files written by hand.
 import errno
 import io
 import itertools
+import math
 import os
 import platform
 import re
@@ -91,7 +92,10 @@ def test_images_of_all_suffixes_are_found_at_any_depth_and_others_are_counted(tm
 
 
 def test_links_to_folders_are_followed_and_each_image_comes_once(tmp_path):
-    """A link to a folder elsewhere, to one that is there anyway, to itself and to its parents."""
+    """A link to a folder elsewhere, to one that is there anyway, to itself and to its parents.
+
+    A link that leads to itself is a bad image, and others are read.
+    """
     root = tmp_path / "set/photos"
     for place in (root / "a/1.png", tmp_path / "far/2.png", tmp_path / "far/deep/3.png",
                   root.parent / "beside.png", tmp_path / "above.png"):
@@ -106,6 +110,31 @@ def test_links_to_folders_are_followed_and_each_image_comes_once(tmp_path):
     assert sorted(found) == ["1.png", "2.png", "3.png"]
     (tmp_path / "link").symlink_to(root, target_is_directory=True)
     assert sorted(path.name for path in images.list_images(tmp_path / "link")) == sorted(found)
+    (root / "loop.png").symlink_to("loop.png")
+    readable, _, errors = images.read_readable(images.list_images(root, tmp_path / "out"), 8)
+    assert (len(readable), len(errors)) == (3, 1) and "loop.png: not a readable" in errors[0]
+
+
+def test_folders_that_may_not_be_read_are_named(workspace, monkeypatch, capsys):
+    """Without them numbers would be wrong. Those that every disk has are left out."""
+    scan, listdir = os.scandir, os.listdir
+    for main, folder in ((train.main, GOOD / "deep"), (evaluate.main, TEST / "dent"),
+                         (evaluate.main, MASK.parent), (train.main, GOOD / "lost+found")):
+        folder.mkdir(exist_ok=True)
+
+        def refuse(path, call):
+            """What the system says where the user has no rights. (Not as root, hence by hand.)"""
+            if Path(path) == folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            return call(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", lambda path=".": refuse(path, scan))
+            patch.setattr(os, "listdir", lambda path=".": refuse(path, listdir))
+            if folder.name == "lost+found":
+                assert len(images.list_images(GOOD)) == 6
+            else:
+                fails(capsys, main, OPTIONS, folder, "Permission denied")
 
 
 @pytest.mark.parametrize("test, truth", [("test", "ground_truth"), ("test_b", "ground_truth_b"),
@@ -380,13 +409,16 @@ def test_as_many_heatmaps_as_rows_and_none_is_scored_itself(workspace, monkeypat
     """
     names = ("a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "1/a.png", "2/a.png", "1/a.PNG.bmp")
     for name in names:
-        save(NOISE, Path("photos", name))
+        save(NOISE.resize((8, 2600)) if "bmp" in name else NOISE, Path("photos", name))
     save(NOISE, Path("store/12ab.png"))
+    Path("store/up").symlink_to("../photos/1", target_is_directory=True)
     Path("photos/link.png").symlink_to(Path("store/12ab.png").absolute())
     shutil.move("runs", "photos/runs")
     for paths, target, count in ((["photos"], "photos", 8), (["photos"], "photos", 8),
                                  (["photos/1", "photos/2"], "photos-1+photos-2", 3),
-                                 (["photos/1", "../copy/photos/2"], "photos-1+photos-2", 3)):
+                                 (["photos/1", "../copy/photos/2"], "photos-1+photos-2", 3),
+                                 (["photos/a.png", "store/up/../a.png"],
+                                  "photos-a.png+photos-a.png", 1)):
         assert evaluate.main([*OPTIONS, "--out", "photos/runs", "--predict", *paths]) == 0
         folder = Path("photos/runs/part/predictions", target)
         assert len((folder / "scores.csv").read_text().splitlines()) == 1 + count
@@ -570,6 +602,10 @@ def test_weights_that_cannot_be_had_or_do_not_fit(refused, monkeypatch):
             patchae.load_weights(None, name, "imagenet")
     torch.save(patchae.make_backbone("resnet18", (2,)).state_dict(), "18.pth")
     refused(train.main, "--weights 18.pth --backbone resnet50".split(), "18.pth", "resnet50")
+    state = patchae.make_backbone("resnet18", (1, 2, 3, 4)).state_dict()
+    state["layer1.0.conv1.weight"][0] = math.nan
+    torch.save(state, "nan.pth")
+    refused(train.main, ["--weights", "nan.pth"], "nan.pth", "not finite")
 
 
 @pytest.mark.parametrize("main, folder", [(train.main, GOOD), (evaluate.main, TEST)])
@@ -998,20 +1034,29 @@ def test_the_toy_set_is_the_one_of_the_published_numbers(tmp_path, monkeypatch):
 
 
 def test_the_options_of_the_toy_set(tmp_path, monkeypatch, capsys):
-    """They arrive, or are refused in one line; by default it is data/toy, seed 0."""
-    draw = Mock()
+    """They arrive, or are refused in one line; by default it is data/toy, seed 0.
+
+    What is there is never drawn over.
+    """
+    draw = Mock(side_effect=lambda folder, name, *_: (folder / name).mkdir())
     monkeypatch.setattr(make_toy, "draw_category", draw)
+    assert make_toy.ROOT == ROOT / "data/toy"
+    monkeypatch.setattr(make_toy, "ROOT", tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
     make_toy.main([])
     make_toy.main(["--out", "x", "--seed", "3", "--strength", "0", "1"])
-    assert [call.args for call in draw.call_args_list] == [
-        *((ROOT / "data/toy", name, 0, (0.25, 0.5)) for name in ("flange", "felt")),
-        *((Path("x"), name, 3, [0, 1]) for name in ("flange", "felt"))]
+    assert [call.args[1:] for call in draw.call_args_list] == [
+        *((name, 0, (0.25, 0.5)) for name in ("flange", "felt")),
+        *((name, 3, [0, 1]) for name in ("flange", "felt"))]
+    assert sorted(contents(tmp_path)) == [tmp_path / p for p in (
+        "toy", "toy/felt", "toy/flange", "x", "x/felt", "x/flange")]
     draw.side_effect = OSError("disk full")
-    for argv in ("--seed -1", "--strength 1 0", "--strength nan 1", "--strength 0 2", "--out x"):
+    for argv in ("--seed -1", "--seed many", "--strength 1 0", "--strength nan 1",
+                 "--strength 0 2", "--out full", "--out x"):
         with pytest.raises(SystemExit, match="2"):
             make_toy.main(argv.split())
         line, = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {argv.split()[0]}")
+        assert line.startswith("error: ") and argv.split()[0] in line
 
 
 @pytest.mark.parametrize("strength", [None, (0.5, 0.6)])
@@ -1082,7 +1127,7 @@ def test_an_interrupted_drawing_is_no_toy_set(tmp_path, monkeypatch):
 
     Two runs at once draw each for itself, and one of them wins.
     """
-    def draw(folder, name):
+    def draw(folder, name, *_):
         (folder / name).mkdir(parents=True)
         if draw_category.call_count == 2:
             raise KeyboardInterrupt

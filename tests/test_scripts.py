@@ -30,7 +30,7 @@ from sklearn.neighbors import NearestNeighbors
 import evaluate
 import patchae
 import train
-from data import images, make_toy
+from data import files, images, make_toy
 from data.images import list_test
 from patchae import DEMO, Config, PatchAE
 
@@ -441,17 +441,33 @@ def test_a_loss_that_is_no_number_stops_the_training(workspace):
 
 
 def test_a_training_replaces_all_that_was_there_before(workspace, monkeypatch, capsys):
-    """Also evaluations, whose numbers are those of another model; but nothing that is no result."""
+    """Also evaluations, whose numbers are those of another model."""
+    Path("runs/part/.DS_Store").touch()
     for folder in ("trained", "raw-test_faint", "predictions/photos"):
         Path("runs/part", folder).mkdir(parents=True)
         Path("runs/part", folder, "result.csv").write_text("old")
     run(train.main, "--steps", 1)
     assert {path.name for path in Path("runs/part").iterdir()} == {
         "checkpoint.pt", "train.csv", "defects.png"}
-    Path("runs/part/train.csv").rename("runs/part/letter.txt")
-    monkeypatch.setattr(train, "fit", Mock(side_effect=AssertionError))  # said before training
-    fails(capsys, train.main, [*OPTIONS, *TINY], "--out runs", Path("runs/part"))
-    assert Path("runs/part/letter.txt").exists()
+
+
+@pytest.mark.parametrize("main, argv, folder", [
+    (train.main, TINY, "runs/part"), (evaluate.main, [], "runs/part/trained"),
+    (evaluate.main, ["--method", "raw", "--predict", TEST],
+     "runs/part/predictions-raw/data-part-test")])
+def test_nothing_is_replaced_but_results(workspace, monkeypatch, capsys, main, argv, folder):
+    """A user's file or folder among results is an error, and that before the work begins."""
+    for owner, work in ((train, "fit"), (evaluate, "score_files")):
+        monkeypatch.setattr(owner, work, Mock(side_effect=AssertionError))
+    for foreign in ("letter.txt", "train"):
+        path = Path(folder, foreign)
+        path.mkdir(parents=True)
+        fails(capsys, main, [*OPTIONS, *argv], "--out runs", Path(folder), foreign)
+        path.rmdir()
+    with pytest.raises(patchae.UserError, match="is a folder"):
+        with files.whole(Path("runs/part")) as unfinished:
+            unfinished.touch()
+    assert CHECKPOINT.exists()
 
 
 def test_skip_finished(workspace, monkeypatch, capsys):
@@ -482,7 +498,8 @@ def test_skip_finished(workspace, monkeypatch, capsys):
     few = ("--threshold-images", 3, "--memory-fraction", 0.5)
     assert calls() == (0, 0)
     remembered.side_effect = torch.OutOfMemoryError("out of memory")
-    assert calls(*few, code=2) == (0, 1) and not len(checkpoint()["normal_scores"])
+    content = CHECKPOINT.read_bytes()
+    assert calls(*few, code=2) == (0, 1) and CHECKPOINT.read_bytes() == content
     remembered.side_effect = None
     assert calls(*few) == (0, 1)
     after = checkpoint()
@@ -593,7 +610,10 @@ def test_what_cannot_be_measured_is_said(workspace, capsys):
 
 
 def test_results_of_all_categories_by_hand(tmp_path, capsys):
-    """results.csv keeps every row; what was asked for is printed in per cent, with its mean."""
+    """results.csv keeps every row; what was asked for is printed in per cent, with its mean.
+
+    Other files of that name, damaged ones, and the copy of a folder are left out.
+    """
     header = ("category,test_set,method,image_auroc,pixel_auroc,aupro,seconds_per_image,threshold,"
               "seed,backbone,weights")
     table = ["a,test,raw,0.5,0.9,nan,1.0,nan,0,resnet18,random",
@@ -608,6 +628,11 @@ def test_results_of_all_categories_by_hand(tmp_path, capsys):
         path.write_text(f"{header}\n{row}\n")
     for hidden in (".part-x/c", "a/.before"):  # what a process that was killed left
         shutil.copytree(path.parent, tmp_path / hidden)
+    shutil.copytree(tmp_path / "a", tmp_path / "a copy")
+    for n, content in enumerate((b"caf\xe9,1\n", b"", b"h\n\na,b\n",
+                                 f"{header}\n\na,test\n".encode())):
+        (tmp_path / f"a/{n}").mkdir()
+        (tmp_path / f"a/{n}/result.csv").write_bytes(content)
     evaluate.gather_results(tmp_path, ["a", "b"], ["test", "test_c"], ["trained", "raw"])
     assert (tmp_path / "results.csv").read_text().splitlines() == [header, *table]
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
