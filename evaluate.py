@@ -4,10 +4,11 @@
     python evaluate.py --data ROOT --category NAME [NAME ...]
     python evaluate.py --category NAME --predict IMAGE_OR_FOLDER [...]
 
-Reads OUT/NAME/checkpoint.pt, which holds the normal images too, and ROOT/NAME/test or the images
-to predict. Writes tables and pictures to OUT/NAME/METHOD or to OUT/NAME/predictions (of other
-methods than trained to OUT/NAME/predictions-METHOD), and gathers the results of all categories in
-OUT/results.csv.
+Reads OUT/NAME/checkpoint.pt, which holds the normal images too. For a test set it reads
+ROOT/NAME/test, writes tables and pictures to OUT/NAME/METHOD (of another test set to
+OUT/NAME/METHOD-TESTSET), and gathers the results of all categories in OUT/results.csv. With
+--predict it writes to OUT/NAME/predictions, for other methods than trained to
+OUT/NAME/predictions-METHOD.
 """
 import csv
 import math

@@ -166,8 +166,8 @@ def missing_share(drawn, defected, normal, masks):
 class Log:
     """Reports of a training: about ten lines on the console, which are the rows of train.csv.
 
-    It draws new artificial defects into CHECKED training images. No training step sees them; how
-    well they are rebuilt is the missing share.
+    It draws new artificial defects into CHECKED training images. No training step sees these
+    defects; how well they are rebuilt is the missing share.
     """
 
     def __init__(self, model, images, name, clock=time.monotonic):

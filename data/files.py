@@ -26,7 +26,8 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  #
 def whole(path):
     """Yield a temporary path; in the end the file or folder made there takes the place of `path`.
 
-    After an error, Ctrl-C or the end of the process all that was at `path` is there as before.
+    After an error or Ctrl-C all that was at `path` is there as before. If the process is killed
+    between two renamings, an old folder is left beside it, as .before-NAME-….
     UserError where something cannot be written.
     """
     mark = f".part-{platform.node()}@"  # no host name has an @
