@@ -16,8 +16,9 @@ from patchae import UserError
 
 ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
-RESULTS = re.compile(  # what a results folder holds; hidden files are the system's
-    r"\..*|(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)|heatmaps"
+RESULTS = re.compile(  # what a results folder holds; the first three are the system's
+    r"\..*|Thumbs\.db|desktop\.ini|heatmaps"
+    r"|(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)"
     r"|(trained|raw|reconstruction|predictions)(-.*)?")
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  # as torch says it
 
