@@ -549,7 +549,8 @@ class PatchAE(nn.Module):
     def save(self, path):
         """Write all that scoring needs to one file, which load reads. OSError."""
         images = self.images.clone()  # of a slice torch.save would write the whole
-        content = {"config": asdict(self.config), "model": self.state_dict(), "images": images,
+        config = {**asdict(self.config), "weights": str(self.config.weights)}  # it may be a Path
+        content = {"config": config, "model": self.state_dict(), "images": images,
                    "names": self.names, "normal_scores": self.normal_scores}
         file = io.BytesIO()  # torch.save straight to a full disk fails in ways that hide the reason
         torch.save(content, file)

@@ -662,10 +662,11 @@ def test_a_saved_model_scores_as_before(model, learned, tmp_path):
 
     The file of the weights that training started from is not needed any more.
     """
-    configure(model, memory_fraction=0.3, threshold_images=5, seed=7, weights="gone.pth")
+    configure(model, memory_fraction=0.3, threshold_images=5, seed=7, weights=Path("gone.pth"))
     model.remember(learned.images, [Path(f"{letter}.png") for letter in "abüdef"])
     model.save(tmp_path / "part.pt")
     loaded = patchae.PatchAE.load(tmp_path / "part.pt")
+    configure(model, weights="gone.pth")
     assert loaded.config == model.config
     assert loaded.names == ["a.png", "b.png", "ü.png", "d.png", "e.png", "f.png"]
     assert loaded.images.dtype == torch.uint8 and torch.equal(loaded.images, learned.images)
