@@ -48,7 +48,8 @@ RANKED = 12                 # our choice: lines printed, and columns, of predict
 EXPLAINED = 6               # our choice: rows of nearest.png
 CONTEXT = 3                 # our choice: patches shown on each side of the worst one
 NAME_END = 16               # our choice: letters of a file name that fit above a column
-LONGEST_NAME = 50           # our choice: letters, up to 4 bytes each; file systems allow 255
+LONGEST_NAME = 50           # our choice: letters, up to 4 bytes each
+MOST_BYTES = 250            # of a name to which .png is added; file systems allow 255
 LEAST = 3                   # columns for which overview.png has room: the legend needs it
 CELL = 160                  # pixels of a picture in overview.png and nearest.png
 GAP = 4                     # pixels between two pictures
@@ -314,6 +315,11 @@ def write_csv(path, header, rows):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
+def shorten(name):
+    """A name of which LONGEST_NAME letters are left, with a number that tells it from others."""
+    return f"{name[:LONGEST_NAME]}-{zlib.crc32(os.fsencode(name)):08x}"
+
+
 def heatmap_names(paths):
     """A name for the heatmap of each image, below the folder that all have in common.
 
@@ -325,6 +331,8 @@ def heatmap_names(paths):
     names, taken = [], set()
     for path in full:
         name = path.relative_to(root)
+        if len(os.fsencode(name.name)) > MOST_BYTES:
+            name = name.with_name(shorten(name.name))
         while name.suffix != ".png" or name in taken:
             name = Path(f"{name}.png")
         names.append(name)
@@ -436,9 +444,7 @@ def prediction_name(paths):
         path = path.relative_to(here if here in path.parents else path.anchor)
         names.append("-".join(path.parts) or "root")
     name = "+".join(names)
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{zlib.crc32(os.fsencode(name)):08x}"
-    return name
+    return shorten(name) if len(name) > LONGEST_NAME else name
 
 
 def predict_category(name, args, device):
