@@ -15,6 +15,7 @@ import math
 import os
 import time
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -397,11 +398,15 @@ def choose_explained(scores, kinds, threshold):
     return [*worst.values(), *others][:EXPLAINED] + false_alarms[:EXPLAINED]
 
 
+def method_folder(method, test):
+    """The name of the folder for the results of a method on a test set."""
+    return method if test == "test" else f"{method}-{test}"
+
+
 def evaluate_test(name, args, model, method, test, samples, threshold):
     """Score one test set by one method; write tables and pictures."""
     config, watch = model.config, partial(progress, f"{name} {test} {method}")
-    suffix = "" if test == "test" else f"-{test}"
-    target = args.out / name / f"{method}{suffix}"
+    target = args.out / name / method_folder(method, test)
     check_replaceable(target, args.out)
     paths, kinds, masks = zip(*samples)
     defective = np.array([kind != "good" for kind in kinds])
@@ -447,13 +452,18 @@ def prediction_name(paths):
     return shorten(name) if len(name) > LONGEST_NAME else name
 
 
+def name_closed(error):
+    """Say which folder may not be read. It stops no prediction of what can be read."""
+    print(f"left out: {error}")
+
+
 def predict_category(name, args, device):
     """Score the images of --predict; write to OUT/NAME/predictions. UserError names bad files."""
     paths = []
     for path in args.predict:
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
-        paths += [path] if path.is_file() else list_images(path, without=args.out)
+        paths += [path] if path.is_file() else list_images(path, args.out, name_closed)
     paths = list({real(path.parent) / path.name: path for path in paths}.values())  # each once
     model, threshold = load_model(name, args, device)
     for method in args.method:
@@ -499,15 +509,18 @@ def written(name):
 def gather_results(out, names, tests, methods):
     """Write every OUT/NAME/*/result.csv to OUT/results.csv; print what was asked for.
 
-    Files with another header are not ours, and a copy of a folder names another category.
+    Damaged files and those of others are left out, and so is the copy of a folder, whose rows name
+    another category or another method.
     """
     rows, asked = [], [written(name) for name in names]
     for path in sorted(out.glob("[!.]*/[!.]*/result.csv")):
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        place = [written(folder.name) for folder in (path.parent.parent, path.parent)]
+        with (open(path, newline="", encoding="utf-8", errors="replace") as file,
+              suppress(csv.Error)):
             header, *found = [*csv.reader(file)] or [[]]
-        if header == RESULT:
-            name = written(path.parent.parent.name)
-            rows += [row for row in found if len(row) == len(RESULT) and row[0] == name]
+            if header == RESULT:
+                rows += [row for row in found if len(row) == len(RESULT)
+                         and [row[0], method_folder(row[2], row[1])] == place]
     with whole(out / "results.csv") as unfinished:
         write_csv(unfinished, RESULT, rows)
     print(f"\n{'category':16} {'test set':11} {'method':15} {'image AUROC':>11} "

@@ -16,10 +16,13 @@ from patchae import UserError
 
 ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
-RESULTS = re.compile(  # what a results folder holds; the first three are the system's
-    r"\..*|Thumbs\.db|desktop\.ini|heatmaps"
-    r"|(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)"
+RESULTS = re.compile(  # what a results folder holds
+    r"(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)|heatmaps"
     r"|(trained|raw|reconstruction|predictions)(-.*)?")
+SIGNS = {"checkpoint.pt", "train.csv", "scores.csv", "result.csv"}  # one of them is in each
+SYSTEM = re.compile(  # what systems and programs put into any folder
+    r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini|@eaDir|~\$.*|\.~lock.*"
+    r"|\.part-.*|\.before-.*", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  # as torch says it
 
 
@@ -55,9 +58,13 @@ def check_writable(out):
 
 
 def check_replaceable(folder, out):
-    """UserError if a results folder, which would be replaced, holds other files than results."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if not RESULTS.fullmatch(name)]
+    """UserError if a folder that would be replaced holds anything else than results at its top.
+
+    OSError if it is no folder.
+    """
+    names = {path.name for path in (folder.iterdir() if folder.exists() else ())
+             if not SYSTEM.fullmatch(path.name)}
+    foreign = sorted(name for name in names if not RESULTS.fullmatch(name) or not names & SIGNS)
     if foreign:
         raise UserError(f"--out {out}: {folder} holds other files than results ({foreign[0]}) and "
                         "would be replaced; move them, or choose another --out")

@@ -17,7 +17,7 @@ SMALLEST = 8   # pixels of a side: less than a patch shows nothing
 NAMED = 20     # bad files that an error names; more would hide its end
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 DRAFT = 3      # sides of the resized image: then pixels differ by one grey level, rarely two
-SYSTEM = ("System Volume Information", "$RECYCLE.BIN", "lost+found")  # of a disk, closed to users
+SYSTEM = ("system volume information", "$recycle.bin", "lost+found")  # of a disk, closed to users
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # formats that blur the edges of a mask
 MASK_NAMES = "STEM.png, STEM_mask.png or STEM_mask_*.png"  # for the image STEM.*, any suffix
 ORIENTATION = 0x0112  # the EXIF entry; its values 2 to 8 say how the picture is to be turned
@@ -50,33 +50,37 @@ def real(path):
     return Path(os.path.realpath(path))
 
 
-def walk(folder):
+def refuse(error):
+    """A folder that may not be read is an error: without its images numbers would be wrong."""
+    raise error
+
+
+def walk(folder, closed=refuse):
     """Yield the files in and below a folder, without hidden ones and those of the system.
+
+    closed is called with the OSError of a folder that may not be read.
 
     Links to folders are followed; a folder that was seen, or lies above, is not entered again.
     """
-    def refuse(error):
-        """A folder that may not be read is an error: without it numbers would be wrong."""
-        raise error
-
     seen = set(real(folder).parents)
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=closed, followlinks=True):
         if real(here) in seen:
             folders.clear()
             continue
         seen.add(real(here))
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in SYSTEM)
+        folders[:] = sorted(name for name in folders
+                            if name[0] != "." and name.lower() not in SYSTEM)
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
-def list_images(folder, without=None):
+def list_images(folder, without=None, closed=refuse):
     """The image files in and below a folder, sorted; what is below `without` is left out.
 
     Prints how many files of other types were skipped. UserError if there is no image.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = sorted(walk(folder))
+    files = sorted(walk(folder, closed))
     if without and real(without) not in (real(folder), *real(folder).parents):
         files = [path for path in files if real(without) not in real(path).parents]
     skipped = Counter(path.suffix.lower() or "without suffix" for path in files
@@ -103,7 +107,11 @@ def list_test(folder, test="test"):
             raise UserError(f"{path}: expected in {folder / test}/TYPE; move it there")
         masks = folder / truth / path.parent.name
         wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
-        found = [mask for mask in (sorted(masks.iterdir()) if masks.exists() else ())
+        try:
+            there = sorted(masks.iterdir())
+        except FileNotFoundError:
+            there = []  # masks are optional
+        found = [mask for mask in there
                  if mask.suffix.lower() in SUFFIXES and wanted.fullmatch(mask.stem)]
         kind = path.parent.name
         samples.append((path, "good" if kind.lower() == "good" else kind, found))

@@ -281,8 +281,8 @@ def main(argv=None):
         parser.exit(2, "error: --strength: must be two numbers from 0 to 1, the lower first\n")
     there = [name for name in CATEGORIES if (args.out / name).exists()]
     if there:
-        parser.exit(2, f"error: --out {args.out}: {there[0]} is there already; remove it, or "
-                       "choose another folder\n")
+        parser.exit(2, f"error: --out {args.out}: has {' and '.join(there)} already; remove that, "
+                       "or choose another folder\n")
     try:
         draw_if_absent(args.out, args.seed, args.strength)
     except OSError as fault:

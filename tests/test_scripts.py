@@ -464,10 +464,16 @@ def test_nothing_is_replaced_but_results(workspace, monkeypatch, capsys, main, a
         path.mkdir(parents=True)
         fails(capsys, main, [*OPTIONS, *argv], "--out runs", Path(folder), foreign)
         path.rmdir()
+    for content in ("raw/photo.jpg", ".git/config"):  # no results at all
+        shutil.rmtree(folder)
+        Path(folder, content).parent.mkdir(parents=True)
+        fails(capsys, main, [*OPTIONS, *argv], "--out runs", Path(folder))
     with pytest.raises(patchae.UserError, match="is a folder"):
-        with files.whole(Path("runs/part")) as unfinished:
+        with files.whole(Path(folder)) as unfinished:
             unfinished.touch()
-    assert CHECKPOINT.exists()
+    shutil.rmtree(folder)
+    Path(folder).touch()
+    fails(capsys, main, [*OPTIONS, *argv], Path(folder), "Not a directory")
 
 
 def test_skip_finished(workspace, monkeypatch, capsys):
@@ -623,13 +629,14 @@ def test_results_of_all_categories_by_hand(tmp_path, capsys):
              "old,test,trained,0.1,0.1,0.1,9.0,3.5,0,resnet18,random"]
     for row in table:
         name, test, method, *_ = row.split(",")
-        path = tmp_path / name / f"{method}-{test}" / "result.csv"
+        path = tmp_path / name / (method if test == "test" else f"{method}-{test}") / "result.csv"
         path.parent.mkdir(parents=True)
         path.write_text(f"{header}\n{row}\n")
     for hidden in (".part-x/c", "a/.before"):  # what a process that was killed left
         shutil.copytree(path.parent, tmp_path / hidden)
     shutil.copytree(tmp_path / "a", tmp_path / "a copy")
-    for n, content in enumerate((b"caf\xe9,1\n", b"", b"h\n\na,b\n",
+    shutil.copytree(tmp_path / "a/raw", tmp_path / "a/raw-copy")
+    for n, content in enumerate((b"caf\xe9,1\n", b"", bytes(9), b'"' + b"a" * 2**18, b"h\n\na,b\n",
                                  f"{header}\n\na,test\n".encode())):
         (tmp_path / f"a/{n}").mkdir()
         (tmp_path / f"a/{n}/result.csv").write_bytes(content)
