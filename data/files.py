@@ -12,15 +12,15 @@ from pathlib import Path
 
 from data import make_toy
 from data.images import real
-from patchae import UserError
+from patchae import METHODS, UserError
 
 ATTEMPTS = 1000    # our choice: of two processes, one wins long before
 MOST_BATCH = 1024  # our choice: more images at once than any machine can use
 RESULTS = re.compile(  # what a results folder holds
     r"(checkpoint|train|defects|scores|result|overview|nearest)\.(pt|csv|png)|heatmaps"
-    r"|(trained|raw|reconstruction|predictions)(-.*)?")
+    rf"|({'|'.join(METHODS)}|predictions)(-.*)?")
 SIGNS = {"checkpoint.pt", "train.csv", "scores.csv", "result.csv"}  # one of them is in each
-SYSTEM = re.compile(  # what systems and programs put into any folder
+SYSTEM_FILES = re.compile(  # what systems and programs put into any folder
     r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini|@eaDir|~\$.*|\.~lock.*"
     r"|\.part-.*|\.before-.*", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")  # as torch says it
@@ -63,7 +63,7 @@ def check_replaceable(folder, out):
     OSError if it is no folder.
     """
     names = {path.name for path in (folder.iterdir() if folder.exists() else ())
-             if not SYSTEM.fullmatch(path.name)}
+             if not SYSTEM_FILES.fullmatch(path.name)}
     foreign = sorted(name for name in names if not RESULTS.fullmatch(name) or not names & SIGNS)
     if foreign:
         raise UserError(f"--out {out}: {folder} holds other files than results ({foreign[0]}) and "

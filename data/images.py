@@ -17,7 +17,7 @@ SMALLEST = 8   # pixels of a side: less than a patch shows nothing
 NAMED = 20     # bad files that an error names; more would hide its end
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 DRAFT = 3      # sides of the resized image: then pixels differ by one grey level, rarely two
-SYSTEM = ("system volume information", "$recycle.bin", "lost+found")  # of a disk, closed to users
+SYSTEM_FOLDERS = ("system volume information", "$recycle.bin", "lost+found")  # closed to users
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # formats that blur the edges of a mask
 MASK_NAMES = "STEM.png, STEM_mask.png or STEM_mask_*.png"  # for the image STEM.*, any suffix
 ORIENTATION = 0x0112  # the EXIF entry; its values 2 to 8 say how the picture is to be turned
@@ -64,25 +64,29 @@ def walk(folder, closed=refuse):
     """
     seen = set(real(folder).parents)
     for here, folders, files in os.walk(folder, onerror=closed, followlinks=True):
-        if real(here) in seen:
+        place = real(here)
+        if place in seen:
             folders.clear()
             continue
-        seen.add(real(here))
+        seen.add(place)
         folders[:] = sorted(name for name in folders
-                            if name[0] != "." and name.lower() not in SYSTEM)
+                            if name[0] != "." and name.lower() not in SYSTEM_FOLDERS)
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
 def list_images(folder, without=None, closed=refuse):
     """The image files in and below a folder, sorted; what is below `without` is left out.
 
-    Prints how many files of other types were skipped. UserError if there is no image.
+    closed: see walk. Prints how many files of other types were skipped. UserError if there is no
+    image.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = sorted(walk(folder, closed))
-    if without and real(without) not in (real(folder), *real(folder).parents):
-        files = [path for path in files if real(without) not in real(path).parents]
+    if without:
+        without, place = real(without), real(folder)
+        if without not in (place, *place.parents):
+            files = [path for path in files if without not in real(path).parents]
     skipped = Counter(path.suffix.lower() or "without suffix" for path in files
                       if path.suffix.lower() not in SUFFIXES)
     if skipped:
@@ -94,26 +98,30 @@ def list_images(folder, without=None, closed=refuse):
     return found
 
 
+def list_masks(folder):
+    """The image files in a folder, sorted; none if it is absent, since masks are optional."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except FileNotFoundError:
+        return []
+
+
 def list_test(folder, test="test"):
     """The test set folder/test as (image path, type, list of mask paths).
 
     The type is the parent folder's name; Good and GOOD are "good", too. Masks lie in
     ground_truth/TYPE (of a test set test_X in ground_truth_X/TYPE) and are called MASK_NAMES.
     """
-    samples = []
+    samples, masks = [], {}
     truth = "ground_truth" + (test[4:] if test.startswith("test") else f"_{test}")
     for path in list_images(folder / test):
         if path.parent.parent != folder / test:
             raise UserError(f"{path}: expected in {folder / test}/TYPE; move it there")
-        masks = folder / truth / path.parent.name
-        wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
-        try:
-            there = sorted(masks.iterdir())
-        except FileNotFoundError:
-            there = []  # masks are optional
-        found = [mask for mask in there
-                 if mask.suffix.lower() in SUFFIXES and wanted.fullmatch(mask.stem)]
         kind = path.parent.name
+        if kind not in masks:  # each folder is listed once
+            masks[kind] = list_masks(folder / truth / kind)
+        wanted = re.compile(re.escape(path.stem) + r"(_mask(_.*)?)?")
+        found = [mask for mask in masks[kind] if wanted.fullmatch(mask.stem)]
         samples.append((path, "good" if kind.lower() == "good" else kind, found))
     return samples
 
