@@ -14,32 +14,39 @@ Where the paper is known to make a choice, a comment says `paper`. Elsewhere it 
 with the reason.
 
 Notation
-    symbol  name in code   shape              meaning
-    I       image          (B, 3, H, W)       image in [0, 1]; in training it has artificial defects
-    α       alpha          (1, h, w)          opacity of an artificial defect in its box, [0, 1]
-    p       patch_size                        side of a patch, in pixels
-    H'      grid                              patches in a column and in a row, H/p
-    P       P                                 patches of an image, H'·W'
-    k       neighbourhood                     side of the neighbourhood that is averaged, in places
-    n       count          (1, 1, h, w)       neighbours that exist: k² inside, fewer at the border
-    C       c                                 channels of Φ
-    Φ_l     stage_map      (B, C_l, h, w)     map of stage l of the backbone, ≥ 0
-    Φ       features       (B, C, H', W')     these maps on the patch grid, joined
-    C₃      c3                                channels of R
-    R       r              (B, C₃, H', W')    representation; the vector r_ij belongs to one patch
-    I_ij    patches        (B, 3p², H', W')   the image cut into patches of p × p pixels
-    Î_ij    rebuilt        (B, 3p², H', W')   the patches as the decoder draws them from R
-    θ       parameters                        of encoder and backbone, θ_e; of the decoder, θ_d
-    λ       defect_weight                     share of the loss of patches with a defect alone
-    N       N                                 number of normal images
-    M       memory         N × (P, C₃)        a list: for each normal image its vectors r_ij
-    s_ij    anomaly_map    (B, H', W')        distance of each r_ij to its nearest vector in M
-    S       score          (B,)               anomaly score of the image
+    symbol   name in code   shape              meaning
+    B                                          images at once; N: normal images; T: scored images
+    I        image          (B, 3, H, W)       image in [0, 1]; in training with artificial defects
+    α        alpha          (1, h, w)          opacity of an artificial defect in its box, [0, 1]
+    p        patch_size                        side of a patch, in pixels
+    H', W'   grid                              patches in a column and in a row, H/p = W/p
+    i, j                                       row and column of a patch, and of its vector
+    P        P                                 patches of an image, H'·W'
+    Φ_l      stage_map      (B, C_l, H_l, W_l) output of stage l of the backbone, ≥ 0: one scale
+    k        neighbourhood                     side of the neighbourhood that is averaged, in places
+    n        count          (1, 1, H_l, W_l)   neighbours that exist: k² inside, fewer at the border
+    Φ        features       (B, C, H', W')     all Φ_l on the patch grid, joined; C is c in the code
+    R        r              (B, C₃, H', W')    vectors r_ij of C₃ numbers (the paper's name), c3
+    f_e      represent                         backbone, ⊕, encoder; θ_e: their weights
+    W₁, W₂   W1, W2                            the encoder's two layers, with biases b₁, b₂
+    f_d      decoder                           decoder; θ_d: its weights
+    V₁, V₂   V1, V2                            the decoder's two layers, with biases d₁, d₂
+    I_ij     patches        (B, 3p², H', W')   the image cut into patches of p × p pixels
+    Î_ij     rebuilt        (B, 3p², H', W')   the patches as the decoder draws them from R
+    L        loss           ()                 reconstruction loss
+    λ        defect_weight                     share of the loss of patches with a defect alone
+    M        memory         N × (P, C₃)        for each normal image its vectors; m is one of them
+    s_ij     anomaly_map    (B, H', W')        distance of each r_ij to its nearest vector in M
+    S        scores         (B,)               anomaly score of each image
 """
-import copy
+import argparse
+import csv
 import io
 import math
 import random
+import sys
+import time
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -53,10 +60,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import normalize
 
 
-class UserError(Exception):
-    """Bad input. Its text is one line that names the file or option and says what to do."""
-
-
 # ---- ⊗ artificial defects: drawn into a normal image in [0, 1], before normalising --------------
 # paper: artificial defects are added, and must be rebuilt. Their kinds and numbers are our choice.
 # The ranges run from faint to obvious, because we do not know what real defects look like.
@@ -66,8 +69,8 @@ BLOB_CELLS = 4                # noise cells that bend the rim of a blob: few, so
 BLOB_RIM = 0.3                # level at which the blob ends inside its box
 HARD = 0.1                    # width of a blob's rim that looks cut out
 SOFT = 1.0                    # width of a blob's rim that fades
-GAIN = (0.6, 1.4)             # factor on each colour of a pasted patch
-OPACITY = (0.3, 1.0)          # of scratches and stains: from faint to opaque
+GAIN = (0.6, 1.4)             # factor on each colour of a pasted piece
+OPACITY = (0.3, 1.0)          # factor on α of scratches and stains; thin ones are fainter still
 GRAIN = (4, 40)               # pixels of a stain's noise; finer noise would look like sensor noise
 SOFTEN = 3                    # pixels: smoothing of a scratch, about as much as a lens does
 
@@ -88,16 +91,22 @@ def irregular_blob(h, w, softness):
 # Each of the next three functions returns paint (3, h, w) or (3, 1, 1) in [0, 1], and α (1, h, w).
 # All take the other image, so that add_defects can call any of them; only altered_paste uses it.
 def altered_paste(other, h, w):
-    """Cut a patch from another normal image, flip it, change its colours (our choice: shapes)."""
+    """Cut a piece out of another normal image, flip it and change its colours.
+
+    Our choice: it has the texture of the part, so the decoder cannot learn that a defect is smooth.
+    """
     top = random.randint(0, other.shape[1] - h)
     left = random.randint(0, other.shape[2] - w)
-    patch = other[:, top:top + h, left:left + w].flip(random.choice((1, 2)))  # (3, h, w)
+    piece = other[:, top:top + h, left:left + w].flip(random.choice((1, 2)))  # (3, h, w)
     gain = torch.empty(3, 1, 1).uniform_(*GAIN)
-    return (patch * gain).clamp(0, 1), irregular_blob(h, w, HARD)
+    return (piece * gain).clamp(0, 1), irregular_blob(h, w, HARD)
 
 
 def scratch(other, h, w):
-    """Draw a thin curve of one colour: dots along a quadratic Bézier curve (our choice: thin)."""
+    """Draw a thin curve of one colour: dots along a quadratic Bézier curve.
+
+    Our choice: scratches, cracks and fibres are thinner than a patch.
+    """
     t = torch.linspace(0, 1, 2 * (h + w))      # (T,), dense enough to leave no gap
     start, bend, end = torch.rand(3, 2, 1)     # (2, 1) each: y and x, in parts of the box
     y, x = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end       # (T,) each
@@ -110,7 +119,10 @@ def scratch(other, h, w):
 
 
 def stain(other, h, w):
-    """Draw a spot of coloured noise; where that is coarse it has one colour (our choice: dirt)."""
+    """Draw a spot of coloured noise. Where the noise is coarse the spot has one colour.
+
+    Our choice: dirt, oil and rust have one colour or a grain of their own.
+    """
     grain = random.randint(*GRAIN)
     cells = torch.rand(1, 3, math.ceil(h / grain), math.ceil(w / grain))
     paint = F.interpolate(cells, (h, w), mode="bilinear")[0]              # (3, h, w)
@@ -146,10 +158,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 TINY = 1e-6  # length: keeps a vector of zeros from being divided by zero
 
 
-def make_backbone(name, layers):
+def make_backbone(name, stages):
     """Build a torchvision ResNet that ends after the last stage in use.
 
-    It maps (B, 3, H, W) to a dict of maps (B, C_l, H_l, W_l) ≥ 0, one for each stage in layers.
+    It maps (B, 3, H, W) to a dict of maps Φ_l (B, C_l, H_l, W_l) ≥ 0, one for each of the stages.
     Our choice: every convolution mirrors its input at the border. Zero padding looks like an
     artificial edge to the network, so the border of a normal image would seem anomalous.
     """
@@ -157,33 +169,34 @@ def make_backbone(name, layers):
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "reflect"
-    return create_feature_extractor(resnet, [f"layer{stage}" for stage in layers]).eval()
+    return create_feature_extractor(resnet, [f"layer{stage}" for stage in stages]).eval()
 
 
 def temper_contrast(stage_map):
-    """Divide each vector by the square root of its length: (B, C_l, h, w) ≥ 0 to the same.
+    """Divide each vector by the square root of its length: (B, C_l, H_l, W_l) ≥ 0 to the same.
 
     Our choice: at four times the contrast the vector becomes only twice as long. Highlights differ
     most from one normal image to the next, and would count more than a defect in the dark.
     """
-    length = stage_map.norm(dim=1, keepdim=True)                          # (B, 1, h, w)
-    return stage_map / length.clamp(min=TINY).sqrt()                      # (B, C_l, h, w)
+    length = stage_map.norm(dim=1, keepdim=True)                          # (B, 1, H_l, W_l)
+    return stage_map / length.clamp(min=TINY).sqrt()                      # (B, C_l, H_l, W_l)
 
 
 def average_neighbours(stage_map, neighbourhood):
-    """Add up the k × k places around each place and divide by k √n: (B, C_l, h, w) to the same.
+    """Average the k × k places around each place: (B, C_l, H_l, W_l) to the same.
 
-    n of these places exist. Our choice: after the average a patch that moved a little still
-    matches. Inside the image n = k², and this is the mean. At the border a plain mean has fewer
-    values, so it varies more, and normal images would score highest there. The sum of n independent
-    values has a standard deviation that grows with √n. So after the division by k √n all places
-    vary alike. The price: the vectors at the border become shorter, by the factor √n / k.
+    Our choice: after the average a patch that moved a little still matches. At the border only n
+    of the k² places exist. Their sum is divided by k √n, not by n, so that all places vary alike.
     """
     k = neighbourhood
-    ones = torch.ones_like(stage_map[:1, :1])                             # (1, 1, h, w)
-    total = k**2 * F.avg_pool2d(stage_map, k, stride=1, padding=k // 2)   # (B, C_l, h, w): the sum
-    count = k**2 * F.avg_pool2d(ones, k, stride=1, padding=k // 2)        # (1, 1, h, w): n
-    return total / (k * count.sqrt())                                     # (B, C_l, h, w)
+    # avg_pool2d counts the zeros that it pads with, so k² times its answer is a sum
+    total = k**2 * F.avg_pool2d(stage_map, k, stride=1, padding=k // 2)   # (B, C_l, H_l, W_l)
+    # the same sum over a map of ones counts the neighbours that exist: n
+    ones = torch.ones_like(stage_map[:1, :1])                             # (1, 1, H_l, W_l)
+    count = k**2 * F.avg_pool2d(ones, k, stride=1, padding=k // 2)        # (1, 1, H_l, W_l)
+    # inside n = k² and this is the mean. The standard deviation of a sum of n independent values
+    # grows with √n. So a mean over fewer values would vary more, and the border would score high.
+    return total / (k * count.sqrt())                                     # (B, C_l, H_l, W_l)
 
 
 def concatenate_scales(maps, grid, neighbourhood):
@@ -195,15 +208,15 @@ def concatenate_scales(maps, grid, neighbourhood):
     first (48 to 96), and then they do. A coarser map is interpolated.
     """
     joined = []
-    for m in maps:
-        m = average_neighbours(m, neighbourhood)                          # (B, C_l, H_l, W_l)
-        side = m.shape[-1]
+    for stage_map in maps:
+        average = average_neighbours(stage_map, neighbourhood)            # (B, C_l, H_l, W_l)
+        side = average.shape[-1]
         if side > grid:
             common = math.lcm(side, grid)
-            m = F.interpolate(m, (common, common), mode="nearest")        # (B, C_l, common, common)
-            joined.append(F.avg_pool2d(m, common // grid))                # (B, C_l, H', W')
+            fine = F.interpolate(average, (common, common), mode="nearest")  # (B, C_l, common, …)
+            joined.append(F.avg_pool2d(fine, common // grid))             # (B, C_l, H', W')
         else:
-            joined.append(F.interpolate(m, (grid, grid), mode="bilinear"))  # (B, C_l, H', W')
+            joined.append(F.interpolate(average, (grid, grid), mode="bilinear"))  # (B, C_l, H', W')
     return torch.cat(joined, dim=1)                                       # (B, C, H', W')
 
 
@@ -220,10 +233,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.W1 = nn.Conv2d(c, c3, 1)   # W₁, b₁
         self.W2 = nn.Conv2d(c3, c3, 1)  # W₂, b₂
-        if start == "identity":
-            if c != c3:
-                raise UserError(f"channels = {c3} (option --channels): the identity needs as many "
-                                f"as ⊕ has, {c}; leave the option out, or use --start random")
+        if start == "identity":  # then c3 = c
             for layer in (self.W1, self.W2):
                 nn.init.dirac_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -246,12 +256,12 @@ class Decoder(nn.Module):
 
     def __init__(self, c3, pixels):
         super().__init__()
-        self.V1 = nn.Conv2d(c3, c3, 1)      # V₁, c₁
-        self.V2 = nn.Conv2d(c3, pixels, 1)  # V₂, c₂; pixels: 3p²
+        self.V1 = nn.Conv2d(c3, c3, 1)      # V₁, d₁
+        self.V2 = nn.Conv2d(c3, pixels, 1)  # V₂, d₂; pixels: 3p²
         nn.init.constant_(self.V2.bias, 1 / 2)
 
     def forward(self, r):
-        """(E2) Î_ij = f_d(r_ij; θ_d) = V₂ ReLU(V₁ r_ij + c₁) + c₂: one vector rebuilds one patch.
+        """(E2) Î_ij = f_d(r_ij; θ_d) = V₂ ReLU(V₁ r_ij + d₁) + d₂: one vector rebuilds one patch.
 
         (B, C₃, H', W') to (B, 3p², H', W'). paper.
         """
@@ -310,8 +320,8 @@ def nearest_distance(r, memory):
     r: (B, C₃, H', W'); memory: N ≥ 1 tensors (P, C₃) or smaller. Returns (B, H', W'). paper.
     Our choice: we take one normal image at a time and keep the smallest distance so far. So however
     large M is, only B · P · P distances are in memory at once.
-    torch.cdist computes with matrix products and rounds: the distance of a vector to itself comes
-    out as up to 0.005, not 0. The exact mode of cdist is many times slower.
+    torch.cdist computes with matrix products and rounds. So the distance of a vector to itself is
+    not 0 but about 0.01, more for longer vectors. The exact mode of cdist is many times slower.
     """
     queries = r.movedim(1, -1).flatten(0, 2)                              # (B · P, C₃)
     nearest = torch.full((len(queries),), math.inf, device=r.device)
@@ -336,7 +346,7 @@ class Config:
     backbone: str = "wide_resnet50_2"  # our choice: the one that most baselines use
     weights: str = "imagenet"          # paper: pre-trained; or "random", or a file
     finetune_backbone: bool = False    # our choice: ImageNet features carry defects already
-    layers: tuple = (1, 2, 3)          # our choice: stages joined by ⊕, from detail to context
+    stages: tuple = (1, 2, 3)          # our choice: those that ⊕ joins, from detail to context
     image_size: int = 384              # our choice: pixels; small defects are still visible
     patch_size: int = 12               # our choice: pixels; gives 32 × 32 patches
     neighbourhood: int = 3             # our choice: a patch that moved a little still matches
@@ -348,45 +358,21 @@ class Config:
     lr: float = 2e-3                   # our choice: Adam's rate for the decoder, with a cosine
     encoder_lr: float = 1e-5           # our choice: slower, because distances are good at the start
     memory_fraction: float = 1.0       # our choice: M keeps all vectors
-    threshold_images: int = 100        # our choice: more would take longer and change little
     seed: int = 0                      # our choice: any number
 
 
-# The demo needs no download. Random weights give weak features, so here training must improve the
-# backbone, too. Early stages, small patches, no average, more steps, and a high rate for encoder
-# and backbone. The images are small, so that it is done in two minutes.
-DEMO = Config(backbone="resnet18", weights="random", finetune_backbone=True, layers=(1, 2),
-              image_size=96, patch_size=4, neighbourhood=1, steps=1500, encoder_lr=1e-3)
-
-BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
-
-
-def check_config(config):
-    """Raise a UserError that names the first field whose value cannot be used, and its range."""
-    size, patch = config.image_size, config.patch_size
-    rules = {
-        "backbone": (config.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}"),
-        "layers": (config.layers and set(config.layers) <= {1, 2, 3, 4}, "stages from 1 to 4"),
-        "image_size": (64 <= size <= 2048 and size % 32 == 0, "a multiple of 32 from 64 to 2048"),
-        "patch_size": (4 <= patch <= 32 and patch % 4 == 0 and size % patch == 0,
-                       f"a multiple of 4 from 4 to 32 that divides --image-size {size}; 8 does"),
-        "neighbourhood": (config.neighbourhood in (1, 3, 5, 7, 9), "1, 3, 5, 7 or 9"),
-        "channels": (config.channels is None or 1 <= config.channels <= 8192, "from 1 to 8192"),
-        "start": (config.start in ("identity", "random"), "identity or random"),
-        "defect_weight": (0 <= config.defect_weight <= 1, "from 0 to 1"),
-        "steps": (0 <= config.steps < 10**6, "from 0 to 999999"),
-        "lr": (0 <= config.lr <= 1, "from 0 to 1"),
-        "encoder_lr": (0 <= config.encoder_lr <= 1, "from 0 to 1"),
-        "memory_fraction": (0 <= config.memory_fraction <= 1, "from 0 to 1"),
-        "threshold_images": (0 <= config.threshold_images < 10**6, "from 0 to 999999"),
-        "seed": (0 <= config.seed < 2**31, "from 0 to 2147483647")}
-    for field, (accepted, range_in_words) in rules.items():
-        if not accepted:
-            raise UserError(f"{field} = {getattr(config, field)} (option "
-                            f"--{field.replace('_', '-')}): must be {range_in_words}")
-
-
-METHODS = ("trained", "raw", "reconstruction")  # distance in R, distance in Φ, error of the decoder
+RECIPES = {
+    # ImageNet features, frozen: they carry the defects of most things already
+    "parts": Config(),
+    # fine textures such as paper or felt: random weights, and training makes the features
+    "textures": Config(backbone="resnet18", weights="random", finetune_backbone=True, stages=(1, 2),
+                       image_size=256, patch_size=8, steps=1500, lr=5e-3, encoder_lr=1e-3),
+    # the same on small images and without an average: no download, and done in two minutes
+    "demo": Config(backbone="resnet18", weights="random", finetune_backbone=True, stages=(1, 2),
+                   image_size=96, patch_size=4, neighbourhood=1, steps=1500, encoder_lr=1e-3),
+}
+MOST_SCORED = 100  # our choice: normal images scored for the threshold; more change it little
+GPU_BATCH = 8      # our choice: images at once on a GPU; on a CPU it is one, which fits its cache
 
 
 class PatchAE(nn.Module):
@@ -394,43 +380,40 @@ class PatchAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config)
+        size, patch = config.image_size, config.patch_size
+        if size % 32 or size % patch or size < 2 * patch:
+            raise UserError(f"--image-size {size} --patch-size {patch}: the image size must be a "
+                            "multiple of 32 and of the patch size, as 384 is of 12")
         self.config = config
-        self.grid = config.image_size // config.patch_size                # H'
-        self.backbone = make_backbone(config.backbone, config.layers)
+        self.grid = size // patch                                         # H' = W'
+        self.backbone = make_backbone(config.backbone, config.stages)
         self.backbone.requires_grad_(config.finetune_backbone)
-        self.raw_backbone = self.backbone                # as it was before training
-        if config.finetune_backbone:
-            self.raw_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         with torch.no_grad():
-            c = self.features(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]  # C
+            c = self.features(torch.zeros(1, 3, size, size)).shape[1]     # C
         c3 = config.channels or c                                         # C₃
+        if config.start == "identity" and c3 != c:
+            raise UserError(f"--channels {c3}: the identity start needs {c}, as many as ⊕ has; "
+                            "leave the option out, or use --start random")
         self.encoder = Encoder(c, c3, config.start)
-        self.decoder = Decoder(c3, 3 * config.patch_size**2)
-        self.images = torch.empty(0, dtype=torch.uint8)  # (N, 3, H, W), the normal images
-        self.names = []                                  # their N file names, if they are known
-        self.normal_scores = torch.empty(0)              # (n,) of normal images, without themselves
-        self.memory = []                                 # M
-        self.places = []                                 # N × (P,): i · W' + j of each r_ij
-        self.remembered = None                           # the method whose vectors are in M
-        self.batch_size = None                           # images at once; None: 1 on a CPU, else 8
+        self.decoder = Decoder(c3, 3 * patch**2)
+        self.forget()
 
     @property
     def device(self):
         """Where the weights are, and where all is computed."""
         return self.decoder.V1.weight.device
 
-    def features(self, image, backbone=None):
-        """Φ of images: (B, 3, H, W) in [0, 1] to (B, C, H', W'), by the model's own backbone.
+    def features(self, image):
+        """Φ of images: (B, 3, H, W) in [0, 1] to (B, C, H', W').
 
-        Our choice: its batch normalisation always uses the stored statistics, also in training.
+        Our choice: batch normalisation always uses the stored statistics, also in training.
         Statistics of the one training image would let a defect change Φ at every place.
         """
-        backbone = (backbone or self.backbone).eval()
+        self.backbone.eval()
         # channels_last is faster by a third on a CPU; on GPUs some versions compute wrongly in it
         layout = torch.channels_last if image.device.type == "cpu" else torch.contiguous_format
         image = normalize(image, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=layout)
-        maps = [temper_contrast(m) for m in backbone(image).values()]
+        maps = [temper_contrast(stage_map) for stage_map in self.backbone(image).values()]
         return concatenate_scales(maps, self.grid, self.config.neighbourhood)
 
     def represent(self, image):
@@ -441,14 +424,23 @@ class PatchAE(nn.Module):
         """Î of images: (B, 3, H, W) in [0, 1] to (B, 3p², H', W'), patch by patch."""
         return self.decoder(self.represent(image))
 
-    def vectors(self, image, method):
-        """What is compared: R for the method "trained"; for "raw" Φ, as it was before training."""
-        if method == "raw":
-            return self.features(image, self.raw_backbone)
-        return self.represent(image)
+    def loss(self, image, mask):
+        """What a training step minimises: see training_loss.
+
+        image: (B, 3, H, W) in [0, 1] with its artificial defects; mask: (B, 1, H, W) bool.
+        """
+        return training_loss(self(image), image, mask, self.config.patch_size,
+                             self.config.defect_weight)                   # ()
+
+    def forget(self):
+        """Forget the normal images and all that was computed from them, as after a training."""
+        self.images = torch.empty(0, dtype=torch.uint8)  # (N, 3, H, W)
+        self.names = []                                  # their N file names, if they are known
+        self.normal_scores = torch.empty(0)              # S of each against M without itself
+        self.memory = []                                 # M
 
     def check_images(self, images):
-        """UserError unless images are (N, 3, H, W) uint8 of the model's size, N ≥ 1, on the CPU."""
+        """UserError unless images are (T, 3, H, W) uint8 of the model's size, T ≥ 1, on the CPU."""
         wanted = (3, self.config.image_size, self.config.image_size)
         if (images.dtype != torch.uint8 or images.shape[1:] != wanted or not len(images)
                 or images.device.type != "cpu"):
@@ -457,83 +449,68 @@ class PatchAE(nn.Module):
                             "read_images")
 
     def batches(self, images, progress=iter):
-        """Yield images (N, 3, H, W) uint8 in parts (B, 3, H, W) in [0, 1] on the device."""
-        size = self.batch_size or (1 if self.device.type == "cpu" else 8)  # 1 fits a CPU's cache
-        for batch in progress(images.split(size)):
-            yield batch.to(self.device) / 255
+        """Yield images (T, 3, H, W) uint8 in parts (B, 3, H, W) in [0, 1] on the device.
+
+        progress: wraps a sequence, as tqdm does. UserError: see check_images.
+        """
+        self.check_images(images)
+        for part in progress(images.split(1 if self.device.type == "cpu" else GPU_BATCH)):
+            yield part.to(self.device) / 255
 
     @torch.inference_mode()
-    def build_memory(self, method="trained", progress=iter):
-        """Fill M: of each normal image keep the share config.memory_fraction of its P vectors.
+    def build_memory(self, progress=iter):
+        """Fill M with the vectors of the normal images, a tensor (P, C₃) for each.
 
-        At least one is kept. config.seed draws their places.
+        With config.memory_fraction < 1 only this share of them, at least one, drawn by config.seed.
         """
         generator = torch.Generator().manual_seed(self.config.seed)
         P = self.grid**2
         keep = max(1, math.ceil(P * self.config.memory_fraction))
-        self.memory, self.places, self.remembered = [], [], None
+        memory = []
         for image in self.batches(self.images, progress):
-            for vectors in self.vectors(image, method).flatten(2).mT:     # (P, C₃)
-                places = torch.randperm(P, generator=generator)[:keep].sort().values
-                self.memory.append(vectors[places.to(vectors.device)])    # (keep, C₃)
-                self.places.append(places)
-        self.remembered = method  # only now: after an interruption M is not whole
+            for vectors in self.represent(image).flatten(2).mT:           # (P, C₃)
+                kept = torch.randperm(P, generator=generator)[:keep].sort().values
+                memory.append(vectors[kept.to(vectors.device)])           # (keep, C₃)
+        self.memory = memory  # at once, so that nobody ever sees a half of it
 
     @torch.inference_mode()
-    def score_normal_images(self, progress=iter):
-        """The scores S (n,) of normal images, each against the memory of all the others.
-
-        At most config.threshold_images are scored, evenly spread. An exact copy of an image would
-        make its score 0, so copies are left out together with it.
-        """
-        N = len(self.images)
-        scored = min(N, self.config.threshold_images)
-        first = first_copies(self.images)
-        scores = []
-        for i in progress([n * N // scored for n in range(scored)]):
-            others = [vectors for j, vectors in enumerate(self.memory) if first[j] != first[i]]
-            if others:
-                image, = self.batches(self.images[i:i + 1])
-                anomaly_map = nearest_distance(self.represent(image), others)
-                scores.append(image_score(anomaly_map).item())
-        return torch.tensor(scores)
-
     def remember(self, images, names=(), progress=iter):
         """Build M from normal images (N, 3, H, W) uint8, and score them for the threshold.
 
-        names: their file names, which only pictures show. progress: wraps a sequence, as tqdm does.
-        UserError: see check_images.
+        Each is scored against the vectors of all the others; of more than MOST_SCORED images so
+        many, evenly spread. Leave out copies before: they would score 0. names: the file names,
+        which only pictures show. UserError for images of another form, or fewer than two.
         """
         self.check_images(images)
+        if len(images) < 2:
+            raise UserError("one normal image is not enough; two different ones are needed")
+        self.forget()
         self.images, self.names = images, [str(name) for name in names]
-        self.normal_scores = torch.empty(0)  # after an interruption no old threshold is left
-        self.build_memory("trained", progress)
-        self.normal_scores = self.score_normal_images(progress)
+        self.build_memory(progress)
+        scores, count = [], min(len(images), MOST_SCORED)
+        for i in progress([part * len(images) // count for part in range(count)]):
+            if len(self.memory[i]) == self.grid**2:  # all vectors of the image are in M
+                r = self.memory[i].mT.reshape(1, -1, self.grid, self.grid)  # (1, C₃, H', W')
+            else:
+                r = self.represent(*self.batches(images[i:i + 1]))        # (1, C₃, H', W')
+            anomaly_map = nearest_distance(r, self.memory[:i] + self.memory[i + 1:])
+            scores.append(image_score(anomaly_map).item())
+        self.normal_scores = torch.tensor(scores)
 
     @torch.inference_mode()
-    def anomaly_maps(self, images, method="trained"):
-        """The anomaly maps (N, H', W'), on the CPU, of images (N, 3, H, W) uint8.
+    def anomaly_maps(self, images):
+        """The anomaly maps (T, H', W'), on the CPU, of images (T, 3, H, W) uint8.
 
-        method "trained": (E4) in R; "raw": (E4) in Φ; "reconstruction": the terms of (E3), by which
-        a classical auto-encoder scores. UserError if there are no normal images to compare with,
-        for another method, and as check_images says.
+        UserError if there are no normal images to compare with, or for images of another form.
         """
-        self.check_images(images)
-        if method not in METHODS:
-            raise UserError(f"method {method!r}: must be one of {', '.join(METHODS)}")
-        if method != "reconstruction" and method != self.remembered:
-            if not len(self.images):
-                raise UserError("this model has no normal images to compare with: call remember")
-            self.build_memory(method)
+        if not len(self.images):
+            raise UserError("this model has no normal images to compare with: call remember")
+        if not self.memory:  # it was loaded
+            self.build_memory()
         self.memory = [vectors.to(self.device) for vectors in self.memory]  # if the model moved
-        maps = []
-        for image in self.batches(images):
-            if method == "reconstruction":
-                one = patch_error(self(image), patchify(image, self.config.patch_size))
-            else:
-                one = nearest_distance(self.vectors(image, method), self.memory)
-            maps.append(one.cpu())
-        return torch.cat(maps)                                            # (N, H', W')
+        maps = [nearest_distance(self.represent(image), self.memory).cpu()
+                for image in self.batches(images)]
+        return torch.cat(maps)                                            # (T, H', W')
 
     def threshold(self, quantile=0.99):
         """The score above which an image counts as anomalous: this quantile of the normal scores.
@@ -542,28 +519,27 @@ class PatchAE(nn.Module):
         more. UserError if there are no scores.
         """
         if not len(self.normal_scores):
-            raise UserError("no threshold: call remember; it needs two different normal images and "
-                            "--threshold-images above 0")
+            raise UserError("this model has no threshold: call remember")
         return torch.quantile(self.normal_scores, quantile).item()
 
     def save(self, path):
-        """Write all that scoring needs to one file, which load reads. OSError."""
+        """Write all that scoring needs to one file, which load reads. OSError.
+
+        A file that was there stays whole until the new one takes its place in one step.
+        """
         images = self.images.clone()  # of a slice torch.save would write the whole
         config = {**asdict(self.config), "weights": str(self.config.weights)}  # it may be a Path
         content = {"config": config, "model": self.state_dict(), "images": images,
                    "names": self.names, "normal_scores": self.normal_scores}
         file = io.BytesIO()  # torch.save straight to a full disk fails in ways that hide the reason
         torch.save(content, file)
-        unfinished = Path(f"{path}.part")
-        try:
-            unfinished.write_bytes(file.getbuffer())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_file(path, file.getbuffer())
 
     @classmethod
     def load(cls, path, device="cpu"):
         """A model from a file that save wrote. UserError if it is not one of this version."""
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; train it first, or copy a checkpoint there")
         try:
             with zipfile.ZipFile(path) as file:
                 if file.testzip():  # torch.load does not notice changed bytes
@@ -575,13 +551,21 @@ class PatchAE(nn.Module):
             model.images = content["images"].byte()
             model.names = [str(name) for name in content["names"]]
             model.normal_scores = content["normal_scores"].float()
-        except Exception as error:  # absent, foreign or damaged: a dozen kinds, one remedy
+        except Exception as error:  # foreign or damaged: a dozen kinds, one remedy
             raise UserError(f"{path}: not a checkpoint of this version ({error!r:.99}); make it "
-                            "with train.py, without --skip-finished") from error
+                            "with train.py") from error
         return model.to(device)
 
 
-# ==== nothing from the paper below: chance, copies, weights, device ==============================
+# ==== nothing from the paper below: chance, weights, device, what both scripts share =============
+BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2", "wide_resnet101_2")
+MEMORY_WORDS = ("out of memory", "not enough memory", "allocate memory")  # as torch says it
+
+
+class UserError(Exception):
+    """Bad input. Its text is one line that names the file or option and says what to do."""
+
+
 @contextmanager
 def seeded(seed):
     """Inside, the seed decides all random draws; afterwards the caller's state is as before."""
@@ -593,17 +577,6 @@ def seeded(seed):
             yield
         finally:
             random.setstate(state)
-
-
-def fingerprints(images):
-    """A number for each image of (N, 3, H, W) uint8; images with equal pixels have the same."""
-    return [hash(image.numpy().tobytes()) for image in images]
-
-
-def first_copies(images):
-    """For each of the images (N, 3, H, W) uint8 the index of the first that has the same pixels."""
-    first = {}
-    return [first.setdefault(number, i) for i, number in enumerate(fingerprints(images))]
 
 
 def load_weights(backbone, name, source):
@@ -618,8 +591,6 @@ def load_weights(backbone, name, source):
         missing = backbone.load_state_dict(state, strict=False).missing_keys  # layer4, fc: unused
         if missing:
             raise KeyError(missing[0])
-        if not all(weight.isfinite().all() for weight in backbone.state_dict().values()):
-            raise ValueError("numbers that are not finite")
     except Exception as error:  # no network, foreign bytes, other shapes: a dozen kinds, one remedy
         raise UserError(f"--weights {source}: does not fit --backbone {name} ({error!r:.99}); "
                         f"give a state-dict file, put the download into {torch.hub.get_dir()}"
@@ -632,7 +603,6 @@ def build_model(config, device="cpu"):
         model = PatchAE(config)
     if config.weights != "random":
         load_weights(model.backbone, config.backbone, config.weights)
-        model.raw_backbone.load_state_dict(model.backbone.state_dict())
     return model.to(device)
 
 
@@ -650,3 +620,88 @@ def choose_device(name):
     torch.backends.cudnn.deterministic = True
     print(f"device: {name} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}")
     return torch.device(name)
+
+
+def make_parser(description):
+    """An argparse parser with the options that both scripts have. Its errors are one line."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda text: parser.exit(2, f"error: {text}; --help lists the options\n")
+    add = parser.add_argument_group("data and results").add_argument
+    add("--data", type=Path, metavar="ROOT", help="data set: a folder with NAME/train/good")
+    add("--category", type=lambda text: text.rstrip("/\\"), nargs="+", default=[], metavar="NAME",
+        help="its categories, or: all")
+    add("--demo", action="store_true",
+        help="use the toy set, which is drawn if it is not there, and the recipe of the demo")
+    add("--out", type=Path, default=Path("runs"), help="results go to OUT/NAME (default: runs)")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+        help="auto takes cuda if there is one, else the CPU (default: auto)")
+    return parser
+
+
+def number(kind, low, high):
+    """The type of an option: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # true of NaN, too
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}")
+        return value
+    convert.__name__ = kind.__name__  # argparse names it in its errors
+    return convert
+
+
+def replace_file(path, content):
+    """Write bytes beside path, then rename: the old file is there until the new one is whole."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path, rows):
+    """Write a CSV file in one step. A file name that is not UTF-8 is written with escapes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    replace_file(path, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def progress(items):
+    """Yield the items of a sequence; on a terminal, one line says how far and how long still."""
+    begin = time.monotonic()
+    terminal = getattr(sys.stderr, "isatty", bool)()  # stderr may be None, or a logger
+    for done, item in enumerate(items, 1):
+        yield item
+        if terminal:
+            left = (time.monotonic() - begin) / done * (len(items) - done)
+            end = "\n" if done == len(items) else ""
+            print(f"\r{100 * done // len(items):3} %, {left:.0f} s left   ", end=end,
+                  file=sys.stderr, flush=True)
+
+
+def exit_code(work, *arguments):
+    """What work(*arguments) returns, or 0. After bad input or a full disk one line on stderr, 2."""
+    try:
+        return work(*arguments) or 0
+    except (UserError, OSError) as error:  # an OSError names its file itself
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in MEMORY_WORDS):
+            raise
+        message = (f"{arguments[0]}: out of memory ({error!r:.99}); use --memory-fraction 0.1 in "
+                   "train.py, or a smaller --image-size")
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def run(main):
+    """End the process with the exit code of main; 130 after Ctrl-C. Any console shows any name."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not, and shows any name
+            stream.reconfigure(errors="replace", line_buffering=True)  # a log file grows, too
+    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data and of many pixels
+    try:
+        sys.exit(exit_code(main))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -1,28 +1,23 @@
-"""Train Patch AE on the normal images of one or more categories. Never opens test/.
+"""Train Patch AE on the normal images of one or more categories. Never opens a test set.
 
     python train.py --demo
     python train.py --data ROOT --category NAME [NAME ...]
 
-Reads ROOT/NAME/train/good. Writes OUT/NAME/checkpoint.pt, train.csv and defects.png, which replace
-all that an earlier training and its evaluations left in OUT/NAME.
+Reads ROOT/NAME/train/good. Writes train.csv, defects.png and at last checkpoint.pt to OUT/NAME.
 """
 import argparse
-import csv
-import dataclasses
 import math
 import random
 import time
-from functools import partial
+from dataclasses import asdict, fields
 
 import torch
 from torchvision.utils import save_image
 
 import patchae
-from data import make_toy
-from data.files import (check_replaceable, check_writable, exit_code, make_parser, parse_args, run,
-                        whole)
-from data.images import choose_categories, list_images, progress, read_images
-from patchae import DEMO, Config, PatchAE, UserError
+from data.images import choose_categories, read_normal_images
+from patchae import (RECIPES, Config, PatchAE, UserError, exit_code, number, progress,
+                     write_table)
 
 REPORTS = 10     # our choice: lines of the log
 PREVIEWS = 6     # our choice: rows of defects.png, as many as fit on a screen
@@ -33,71 +28,63 @@ CHECK_SEED = 2**31  # added to the seed, so that the new defects are not those o
 
 # ---- options ------------------------------------------------------------------------------------
 def parse(argv=None):
-    """The command line: (args, the Config that its options make). UserError."""
-    parser, group = make_parser(__doc__)
-    group.add_argument("--skip-finished", action="store_true",
-                       help="leave out what was trained before with the same images and options "
-                       "(of --weights FILE only the name is compared)")
-    add_method_options(parser.add_argument_group("method"))
-    add_training_options(parser.add_argument_group("training"))
-    args = parse_args(parser, argv)
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
-             if hasattr(args, field.name)}
-    if "layers" in given:
-        given["layers"] = tuple(sorted(set(given["layers"])))
-    config = dataclasses.replace(DEMO if args.demo else Config(), **given)
-    patchae.check_config(config)
-    return args, config
-
-
-def option(group, name, kind, text):
-    """Add an option that is absent from the parsed arguments unless it is given."""
-    group.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
-                       help=text)
-
-
-def switch(group, name, text):
-    """Add an option --NAME with its opposite --no-NAME, likewise."""
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help=text)
+    """The command line: (args, the Config that its recipe and options make)."""
+    parser = patchae.make_parser(__doc__)
+    parser.add_argument("--skip-finished", action="store_true", help="leave out a category whose "
+                        "checkpoint has the same images and options (of --weights FILE only the "
+                        "name is compared)")
+    parser.add_argument("--recipe", choices=RECIPES, help="defaults of all options below: parts, "
+                        "textures (fine ones such as paper or felt), or demo (default: parts, with "
+                        "--demo demo)")
+    add_method_options(parser.add_argument_group("method (defaults of the recipe parts)"))
+    add_training_options(parser.add_argument_group("training (defaults of the recipe parts)"))
+    parser.set_defaults(**asdict(RECIPES["parts"]))  # those that --help shows
+    args, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**asdict(RECIPES[args.recipe or ("demo" if args.demo else "parts")]))
+    args = parser.parse_args(argv)
+    args.stages = tuple(sorted(set(args.stages)))
+    return args, Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
 
 
 def add_method_options(group):
     """The options that decide how an image becomes vectors."""
-    group.add_argument("--backbone", choices=patchae.BACKBONES, default=argparse.SUPPRESS,
-                       help="network that gives the features (default: wide_resnet50_2)")
-    option(group, "--weights", str, "its weights: imagenet (downloaded once), random, or a file "
-           "with a torchvision state dict (default: imagenet)")
-    group.add_argument("--layers", type=int, nargs="+", metavar="STAGE", default=argparse.SUPPRESS,
-                       help="stages of the backbone to join, 1 to 4 (default: 1 2 3)")
-    option(group, "--image-size", int, "side to which every image is resized, in pixels: a "
-           "multiple of 32 from 64 to 2048 (default: 384)")
-    option(group, "--patch-size", int, "side of a patch, in pixels: a multiple of 4 from 4 to 32 "
-           "that divides the image size (default: 12)")
-    option(group, "--neighbourhood", int, "side of the square of places that are averaged: 1 (no "
-           "average), 3, 5, 7 or 9 (default: 3)")
-    option(group, "--channels", int, "length of the vectors R, from 1 to 8192 (default: as many "
-           "as the joined stages have)")
-    group.add_argument("--start", choices=("identity", "random"), default=argparse.SUPPRESS,
-                       help="how the encoder begins: as the identity, so that R equals the "
-                       "features, or with random weights (default: identity)")
-    option(group, "--memory-fraction", float, "part of each normal image's vectors that is kept, "
-           "drawn at random, from 0 to 1 (default: 1, all)")
+    add = group.add_argument
+    add("--backbone", choices=patchae.BACKBONES,
+        help="network that gives the features (default: %(default)s)")
+    add("--weights", help="its weights: imagenet (downloaded once), random, or a file with a "
+        "torchvision state dict (default: %(default)s)")
+    add("--stages", type=int, nargs="+", choices=(1, 2, 3, 4), metavar="STAGE",
+        help="stages of the backbone to join, from 1 to 4 (default: 1 2 3)")
+    add("--image-size", type=number(int, 64, 2048), metavar="PIXELS", help="side to which every "
+        "image is resized: a multiple of 32 from 64 to 2048 (default: %(default)s)")
+    add("--patch-size", type=number(int, 4, 32), metavar="PIXELS", help="side of a patch, from 4 "
+        "to 32; it must divide the image size (default: %(default)s)")
+    add("--neighbourhood", type=int, choices=(1, 3, 5, 7, 9), help="side of the square of places "
+        "that are averaged; 1 is no average (default: %(default)s)")
+    add("--channels", type=number(int, 1, 8192), metavar="N", help="length of the vectors R, from "
+        "1 to 8192 (default: as many as the joined stages have)")
+    add("--start", choices=("identity", "random"), help="how the encoder begins: as the identity, "
+        "so that R equals the features, or with random weights (default: %(default)s)")
+    add("--memory-fraction", type=number(float, 0, 1), metavar="F", help="part of each normal "
+        "image's vectors that is kept, drawn at random, from 0 to 1 (default: %(default)s)")
 
 
 def add_training_options(group):
-    """The options of the training loop and of the threshold."""
-    switch(group, "--finetune-backbone", "train the backbone, too (default: no)")
-    switch(group, "--defects", "draw artificial defects into the training images (default: yes)")
-    option(group, "--defect-weight", float, "share of the loss that counts only patches with a "
-           "defect, from 0 to 1 (default: 0.5)")
-    option(group, "--steps", int, "training steps, one image each (default: 1000)")
-    option(group, "--lr", float, "learning rate of the decoder, from 0 to 1 (default: 0.002)")
-    option(group, "--encoder-lr", float, "learning rate of the encoder, and of the backbone if it "
-           "is trained, from 0 to 1 (default: 1e-05)")
-    option(group, "--threshold-images", int, "normal images that are scored for the threshold; 0 "
-           "leaves it out (default: 100)")
-    option(group, "--seed", int, "decides every random choice (default: 0)")
+    """The options of the training loop."""
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--finetune-backbone", action=switch, help="train the backbone, too (default: no)")
+    add("--defects", action=switch,
+        help="draw artificial defects into the training images (default: yes)")
+    add("--defect-weight", type=number(float, 0, 1), metavar="W", help="share of the loss that "
+        "counts only patches with a defect, from 0 to 1 (default: %(default)s)")
+    add("--steps", type=number(int, 0, 10**6), metavar="N",
+        help="training steps, one image each, up to a million (default: %(default)s)")
+    add("--lr", type=number(float, 0, 1), metavar="RATE",
+        help="learning rate of the decoder, from 0 to 1 (default: %(default)s)")
+    add("--encoder-lr", type=number(float, 0, 1), metavar="RATE", help="learning rate of the "
+        "encoder, and of the backbone if it is trained, from 0 to 1 (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**31 - 1), metavar="N",
+        help="decides every random choice, from 0 (default: %(default)s)")
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -114,7 +101,7 @@ def fit(model, images, report=lambda step, loss: None):
 
     Each step takes one random image with new artificial defects, as the input and as the target.
     config.seed decides all random choices. The model forgets its memory and its threshold, since R
-    changes: call remember afterwards. UserError: see PatchAE.check_images.
+    changes: call remember afterwards. UserError for images of another form.
     """
     model.check_images(images)
     config = model.config
@@ -126,7 +113,7 @@ def fit(model, images, report=lambda step, loss: None):
         {"params": model.backbone.parameters(), "lr": config.encoder_lr}],  # no gradient if frozen
         fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    model.memory, model.remembered, model.normal_scores = [], None, torch.empty(0)
+    model.forget()
     with patchae.seeded(config.seed):
         for step in range(1, config.steps + 1):
             i = random.randrange(len(images))
@@ -135,10 +122,7 @@ def fit(model, images, report=lambda step, loss: None):
             else:
                 image = images[i:i + 1] / 255                             # (1, 3, H, W)
                 mask = torch.zeros_like(image[:, :1], dtype=torch.bool)   # (1, 1, H, W)
-            image, mask = image.to(model.device), mask.to(model.device)
-            rebuilt = model(image)                                        # (1, 3p², H', W')
-            loss = patchae.training_loss(rebuilt, image, mask, config.patch_size,
-                                         config.defect_weight)
+            loss = model.loss(image.to(model.device), mask.to(model.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -148,15 +132,15 @@ def fit(model, images, report=lambda step, loss: None):
 
 @torch.no_grad()
 def rebuild_images(model, images):
-    """What the decoder draws of images (N, 3, H, W) in [0, 1]; the same shape, on the CPU."""
+    """What the decoder draws of images (T, 3, H, W) in [0, 1]; the same shape, on the CPU."""
     patches = torch.cat([model(image.to(model.device)).cpu() for image in images.split(1)])
-    return patchae.unpatchify(patches, model.config.patch_size).clamp(0, 1)  # (N, 3, H, W)
+    return patchae.unpatchify(patches, model.config.patch_size).clamp(0, 1)  # (T, 3, H, W)
 
 
 def missing_share(drawn, defected, normal, masks):
     """The squared error inside the defects, divided by that of the images without them.
 
-    0 if every defect is rebuilt, 1 if none is. All (N, 3, H, W) in [0, 1], masks (N, 1, H, W) bool.
+    0 if every defect is rebuilt, 1 if none is. All (T, 3, H, W) in [0, 1], masks (T, 1, H, W) bool.
     Our choice: a number that compares defects of any size and colour.
     """
     error = ((drawn - defected).square() * masks).sum()
@@ -170,18 +154,20 @@ class Log:
     defects; how well they are rebuilt is the missing share.
     """
 
-    def __init__(self, model, images, name, clock=time.monotonic):
-        self.model, self.name, self.clock = model, name, clock
-        self.rows, self.losses, self.begin = [], [], clock()
+    def __init__(self, model, images, folder, clock=time.monotonic):
+        self.model, self.folder, self.clock = model, folder, clock
+        self.rows, self.losses = [["step", "loss", "missing_share", "seconds"]], []
+        write_table(folder / "train.csv", self.rows)
         chosen = [i % len(images) for i in range(CHECKED)]
         with patchae.seeded(model.config.seed + CHECK_SEED):
             pairs = [with_defects(images, i) for i in chosen]
         self.normal = images[chosen] / 255                                # (CHECKED, 3, H, W)
         self.defected = torch.cat([image for image, _ in pairs])          # (CHECKED, 3, H, W)
         self.masks = torch.cat([mask for _, mask in pairs])               # (CHECKED, 1, H, W)
+        self.begin = clock()
 
     def __call__(self, step, loss):
-        """Take the loss of a step; now and then print a line. UserError where it diverged."""
+        """Take the loss of a step; now and then report. UserError where it diverged."""
         steps = self.model.config.steps
         self.losses.append(loss)
         if step % math.ceil(steps / REPORTS) and step < steps:
@@ -190,100 +176,61 @@ class Log:
         missing = missing_share(drawn, self.defected, self.normal, self.masks)
         loss = sum(self.losses) / len(self.losses)
         if not loss + missing < DIVERGED:  # true of NaN, too
-            raise UserError(f"{self.name}: the loss is {loss} at step {step}; use a smaller --lr "
+            raise UserError(f"{self.folder}: the loss is {loss} at step {step}; use a smaller --lr "
                             "or --encoder-lr")
         seconds = self.clock() - self.begin
         self.rows.append([step, loss, missing, seconds])
         self.losses = []
-        print(f"{self.name}: step {step}/{steps}  loss {loss:.4f}  missing_share {missing:.3f}  "
-              f"{seconds / step * (steps - step):.0f} s left")
+        write_table(self.folder / "train.csv", self.rows)
+        print(f"{self.folder.name}: step {step}/{steps}  loss {loss:.4f}  missing_share "
+              f"{missing:.3f}  {seconds / step * (steps - step):.0f} s left")
 
-    def write(self, folder):
-        """Write train.csv and defects.png: normal, with defects, their mask, rebuilt."""
-        with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["step", "loss", "missing_share", "seconds"], *self.rows])
+    def draw(self):
+        """Write defects.png: normal images, with defects, their mask, rebuilt."""
         columns = (self.normal, self.defected, self.masks.expand_as(self.normal),
                    rebuild_images(self.model, self.defected[:PREVIEWS]))
         cells = torch.stack([column[:PREVIEWS] for column in columns], dim=1)  # (n, 4, 3, H, W)
-        save_image(cells.flatten(0, 1), folder / "defects.png", nrow=len(columns))
+        save_image(cells.flatten(0, 1), self.folder / "defects.png", nrow=len(columns))
 
 
 # ---- a category, whole --------------------------------------------------------------------------
-def trained_before(folder, config, images):
-    """The model in a results folder if its weights came from these images and options, else None.
-
-    What only decides the memory and the threshold may differ, since it needs no training.
-    """
-    if not (folder / "checkpoint.pt").exists():
-        return None
-    model = PatchAE.load(folder / "checkpoint.pt")
-    same = dataclasses.replace(model.config, memory_fraction=config.memory_fraction,
-                               threshold_images=config.threshold_images)
-    return model if same == config and torch.equal(model.images, images) else None
-
-
-def name_copies(name, paths, first):
-    """Say which normal images are exact copies of others; first: see patchae.first_copies."""
-    copies = [f"{paths[i].name} = {paths[j].name}" for i, j in enumerate(first) if i != j]
-    if copies:
-        print(f"{name}: {len(copies)} copies, left out of each other's scores: {', '.join(copies)}")
-
-
-def write_folder(folder, model, log, kept):
-    """Write a results folder, with its log, or without one with the files kept, {name: bytes}."""
-    with whole(folder) as unfinished:
-        unfinished.mkdir()
-        for file, content in kept.items():
-            (unfinished / file).write_bytes(content)
-        if log:
-            log.write(unfinished)
-        model.save(unfinished / "checkpoint.pt")
+def is_finished(checkpoint, config, images):
+    """Was this checkpoint made from the same images and options?"""
+    try:
+        model = PatchAE.load(checkpoint)
+    except UserError:  # absent or damaged
+        return False
+    return model.config == config and torch.equal(model.images, images)
 
 
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
-    folder, watch = args.out / name, partial(progress, name)
-    paths = list_images(args.data / name / "train" / "good")
-    images = read_images(paths, config.image_size, watch)
+    folder = args.out / name
+    paths, images = read_normal_images(args.data / name, config.image_size, progress)
     print(f"{name}: {len(images)} normal images")
-    first = patchae.first_copies(images)
-    name_copies(name, paths, first)
-    before = trained_before(folder, config, images) if args.skip_finished else None
-    finished = before and before.config == config
-    scorable = config.threshold_images and len(set(first)) > 1
-    if finished and (len(before.normal_scores) or not scorable):
+    if args.skip_finished and is_finished(folder / "checkpoint.pt", config, images):
         print(f"{name}: {folder} has these images and options, left as it is")
         return
-    check_replaceable(folder, args.out)
-    check_writable(args.out)
-    model = before or patchae.build_model(config)
-    model.config, model.batch_size = config, args.batch_size
-    model.images, model.names = images, [path.name for path in paths]
-    model.normal_scores = torch.empty(0)  # those of `before` may belong to another memory
-    model.to(device)
-    log, kept = None, {}
-    if before:
-        kept = {path.name: path.read_bytes()
-                for path in (folder / "train.csv", folder / "defects.png") if path.exists()}
-    else:
-        log = Log(model, images, name)
-        print(f"{name}: backbone {config.backbone}, weights {config.weights}")
-        fit(model, images, log)
-        write_folder(folder, model, log, kept)  # before what may need too much memory
-    model.remember(images, model.names, watch)
-    write_folder(folder, model, log, kept)  # all of it: another process may have replaced it
+    folder.mkdir(parents=True, exist_ok=True)
+    model = patchae.build_model(config, device)
+    log = Log(model, images, folder)
+    print(f"{name}: backbone {config.backbone}, weights {config.weights}")
+    fit(model, images, log)
+    log.draw()
+    model.remember(images, [path.name for path in paths], progress)
+    model.save(folder / "checkpoint.pt")
     print(f"{name}: wrote {folder / 'checkpoint.pt'}")
+    if any(folder.glob("*/scores.csv")):
+        print(f"{name}: the evaluations in {folder} are of the checkpoint before; evaluate again")
 
 
 def main(argv=None):
     """Train each category. After a failure continue with the rest; return 2 then, else 0."""
     args, config = parse(argv)
     device = patchae.choose_device(args.device)
-    if args.demo:
-        make_toy.draw_if_absent(args.data)
-    names = choose_categories(args.data, args.category)
+    args.data, names = choose_categories(args.data, args.category, args.demo)
     return max([exit_code(train_category, name, args, config, device) for name in names])
 
 
 if __name__ == "__main__":
-    run(main)
+    patchae.run(main)

@@ -152,11 +152,11 @@ def main():
         images = torch.randint(0, 256, (TRAINED, 3, size, size), dtype=torch.uint8)
         bare = forward(model, images)
         rows = [("drawing defects", 0, TRAINED, (drawing(model, images), bare)),
-                ("training", 0, TRAINED, (training(model, images), bare))]
+                ("training", 0, TRAINED, (training(model, images), bare)),
+                ("remembering", 0, TRAINED, (lambda: model.remember(images), bare))]
         for what, count, batch, work in [*rows, *(("scoring", n, 1, None) for n in args.images)]:
             if count:
-                model.images = images[:1]
-                model.build_memory()
+                model.remember(images[:2])
                 model.memory = [torch.rand_like(model.memory[0]) for _ in range(count)]
                 work = scoring(model, images[:1])
             own, least, ratio, peak = compare(*work, device, args.repeats)

@@ -3,6 +3,7 @@
     python -m venv ENV
     ENV/bin/pip install torch torchvision anomalib==2.7.0 scikit-learn
     OMP_NUM_THREADS=1 ENV/bin/python tests/peers.py --data ROOT --category NAME ... [--weights FILE]
+    ENV/bin/python tests/peers.py ... --ours OUT    and the difference to OUT/NAME/trained
     ENV/bin/python tests/peers.py --time 10 50
 
 Needs an environment of its own, because anomalib brings many packages. Embedding, image score,
@@ -14,11 +15,14 @@ vectors in blocks; that it finds the same is checked before each run, and so are
 features must equal torchvision's.
 
 Prints a Markdown table: image AUROC / pixel AUROC / AUPRO in per cent, by the code of evaluate.py
-at the network's size; after a comma the seconds for each image, from the image to its map. --time
-prints how long PatchCore's search, the same in blocks, and ours take for one image on one thread,
-each with the same vectors.
+at the network's size; after a comma the seconds for each image, from the image to its map. --ours
+adds our image AUROC minus the peer's, in points, and its 95 % interval: both are computed again
+and again for test images that are drawn with replacement, the same for both (paired bootstrap).
+--time prints how long PatchCore's search, the same in blocks, and ours take for one image on one
+thread, each with the same vectors.
 """
 import argparse
+import csv
 import statistics
 import sys
 import time
@@ -35,8 +39,8 @@ from torchvision.transforms.v2.functional import normalize
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate  # noqa: E402
 import patchae  # noqa: E402
-from data.files import run  # noqa: E402
-from data.images import choose_categories, list_images, list_test, read_images  # noqa: E402
+from data.images import (choose_categories, list_images, list_test_sets,  # noqa: E402
+                         normal_folder, read_each)
 
 BACKBONE = "resnet18"
 BLOCK = 1024              # vectors of the memory that the search takes at once, as ours does
@@ -47,6 +51,8 @@ CHECKED = (400, 2 * BLOCK + 5, 16)  # queries, vectors, length; the last block i
 GRID = 32                 # of --time: our default, patches in a row and in a column
 CHANNELS = 448            # of --time: our default with ResNet-18
 REPEATS = 5               # of --time
+RESAMPLED = 2000          # of --ours: sets of test images
+INTERVAL = (0.025, 0.975)
 DISTANCE = 1e-3           # two searches may differ by so much, in rounding
 
 
@@ -113,31 +119,52 @@ def build(make, weights):
 
 
 def batches(paths, size):
-    """Yield normalised images (1, 3, size, size), one at a time."""
+    """Yield normalised images (1, 3, size, size), one at a time, and their own sizes."""
     for path in paths:
-        image = read_images([path], size) / 255
-        yield normalize(image, patchae.IMAGENET_MEAN, patchae.IMAGENET_STD)
+        (image, own), = read_each([path], size)
+        yield normalize(image[None] / 255, patchae.IMAGENET_MEAN, patchae.IMAGENET_STD), own
 
 
 @torch.inference_mode()
 def measure(model, folder, size):
-    """Fit a peer on folder/train/good and score folder/test: the three metrics, and s/image."""
+    """Fit a peer on train/good and score test: the metrics, s/image, {(type, file): score}."""
     model.train()
-    for image in batches(list_images(folder / "train" / "good"), size):
+    for image, _ in batches(list_images(normal_folder(folder)), size):
         model(image)
     model.fit()
     model.eval()
-    samples = list_test(folder)
-    scores, maps, seconds = [], [], []
-    for image in batches([path for path, _, _ in samples], size):
+    samples = list_test_sets(folder)["test"]
+    scores, scored, seconds = [], [], []
+    for sample, (image, own) in zip(samples, batches([path for path, _, _ in samples], size)):
         begin = time.perf_counter()
         found = model(image)
         seconds.append(time.perf_counter() - begin)
         scores.append(found.pred_score.item())
-        maps.append(found.anomaly_map[:, 0])                              # (1, size, size)
-    defective = np.array([kind != "good" for _, kind, _ in samples])
-    by_pixel, by_region = evaluate.pixel_metrics(samples, torch.cat(maps), size)
-    return evaluate.auroc(defective, scores), by_pixel, by_region, statistics.mean(seconds)
+        scored.append(evaluate.Scored(*sample, own, found.anomaly_map[0, 0]))  # (size, size)
+    truths = evaluate.read_truths(folder.name, scored, size)
+    by_image = evaluate.auroc([kind != "good" for _, kind, _ in samples], scores)
+    _, by_pixel, by_region = evaluate.measure(scored, truths)
+    names = [path.parts[-2:] for path, _, _ in samples]
+    return by_image, by_pixel, by_region, statistics.mean(seconds), dict(zip(names, scores))
+
+
+def compare(folder, peer):
+    """Our image AUROC minus the peer's, in points, with its 95 % interval, as a text."""
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        ours = {Path(row["path"]).parts[-2:]: float(row["score"]) for row in csv.DictReader(file)}
+    names = sorted(ours)
+    bad = np.array([kind.lower() != "good" for kind, _ in names])
+    scores = np.array([[own[name] for name in names] for own in (ours, peer)])
+    rng = np.random.default_rng(SEED)
+
+    def difference(chosen):
+        first, second = (evaluate.auroc(bad[chosen], one[chosen]) for one in scores)
+        return 100 * (first - second)
+
+    drawn = [difference(np.concatenate([rng.choice(np.flatnonzero(one), one.sum())
+                                        for one in (bad, ~bad)])) for _ in range(RESAMPLED)]
+    low, high = np.quantile(drawn, INTERVAL)
+    return f"{difference(np.arange(len(names))):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 @torch.inference_mode()
@@ -175,6 +202,7 @@ def main(argv=None):
         "ResNet-18, or imagenet, which is downloaded (default: imagenet)")
     add("--image-size", type=int, default=256, metavar="PIXELS",
         help="side to which images are resized (default: 256, as anomalib's)")
+    add("--ours", type=Path, metavar="OUT", help="our results, to be compared with")
     add("--time", type=int, nargs="+", metavar="N", help="only: time of the search among the "
         "vectors of so many normal images, one thread")
     args = parser.parse_args(argv)
@@ -186,19 +214,21 @@ def main(argv=None):
         for images in args.time:
             time_search(images)
         return
-    names = choose_categories(args.data, args.category)
+    _, names = choose_categories(args.data, args.category)
     print(f"| image / pixel AUROC / AUPRO, s/image | {' | '.join(names)} |")
     print("|---" * (len(names) + 1) + "|")
     for peer, make in PEERS.items():
         cells = []
         for name in names:
             model = build(make, args.weights)
-            *metrics, seconds = measure(model, args.data / name, args.image_size)
+            *metrics, seconds, scores = measure(model, args.data / name, args.image_size)
             cells.append(" / ".join(f"{100 * value:.1f}" for value in metrics)
                          + f", {seconds:.2f} s")
+            if args.ours:
+                cells[-1] += f", ours {compare(args.ours / name / 'trained', scores)}"
             print(f"{peer}, {name}: {cells[-1]}", file=sys.stderr, flush=True)
         print(f"| {peer}, {args.image_size} pixels | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    run(main)
+    patchae.run(main)

@@ -33,10 +33,10 @@ from data.images import list_images, read_image  # noqa: E402
 SMALL = "--image-size 256 --patch-size 8".split()
 RANDOM = "--weights random".split()
 FROZEN = [*SMALL, "--steps", "0"]
-END_TO_END = "--finetune-backbone --lr 5e-3 --encoder-lr 1e-3 --steps 1500".split()
-STAGES_12 = "--layers 1 2".split()
-IMAGENET_12 = [*SMALL, *END_TO_END, *STAGES_12]
-TEXTURES = [*RANDOM, *IMAGENET_12]
+STAGES_12, STAGES_23, STAGES_123 = (f"--stages {stages}".split()
+                                    for stages in ("1 2", "2 3", "1 2 3"))
+TEXTURES = "--recipe textures --weights random".split()
+IMAGENET_12 = "--recipe textures".split()  # with the weights that are given
 SLOW = [*IMAGENET_12, "--encoder-lr", "1e-5"]
 # name: (options of train.py, method of evaluate.py, folder whose checkpoint is used)
 RESULTS = {
@@ -45,6 +45,7 @@ RESULTS = {
     "reconstruction error": ([], "reconstruction", "default"),
     "textures: raw random Φ": (TEXTURES, "raw", "textures"),
     "textures: trained R": (TEXTURES, "trained", "textures"),
+    "raw features Φ, stages 2 and 3": ([*STAGES_23, "--steps", "0"], "raw", "stages-23"),
     "slow: raw ImageNet Φ": (SLOW, "raw", "slow"),
     "slow: trained R": (SLOW, "trained", "slow"),
 }
@@ -57,7 +58,8 @@ ABLATIONS = {
     "random start": (["--start", "random", "--encoder-lr", "2e-3"], "trained", "random-start"),
     "stages 1 and 2": (STAGES_12, "trained", "stages-12"),
     "no average, raw": (["--neighbourhood", "1", "--steps", "0"], "raw", "average-1"),
-    "end to end from ImageNet": ([*END_TO_END, *STAGES_12], "trained", "end-to-end"),
+    "end to end from ImageNet": ([*IMAGENET_12, "--image-size", "384", "--patch-size", "12"],
+                                 "trained", "end-to-end"),
     "end to end from random weights": (TEXTURES, "trained", "textures"),
 }
 MAP = {
@@ -67,7 +69,7 @@ MAP = {
     "random, stages 1 and 2, frozen: Φ": ([*FROZEN, *RANDOM, *STAGES_12], "raw", "random-12"),
     "random, stages 1 and 2, end to end at 1e-3": (TEXTURES, "trained", "random-12-1e-3"),
     "random at 1e-4": ([*TEXTURES, "--encoder-lr", "1e-4"], "trained", "random-12-1e-4"),
-    "random, stages 1 to 3, end to end at 1e-3": ([*RANDOM, *SMALL, *END_TO_END], "trained",
+    "random, stages 1 to 3, end to end at 1e-3": ([*TEXTURES, *STAGES_123], "trained",
                                                   "random-123-1e-3"),
     "ImageNet, stages 1 and 2, end to end at 1e-3": (IMAGENET_12, "trained", "imagenet-12-1e-3"),
     "ImageNet at 1e-4": ([*IMAGENET_12, "--encoder-lr", "1e-4"], "trained", "imagenet-12-1e-4"),
@@ -121,20 +123,23 @@ def run(recipe, category, test, args, data, seed):
     """Train (unless there is a checkpoint) and evaluate (unless there is a row): its numbers."""
     options, method, folder = recipe
     out = args.out / f"{folder}-{seed}"
-    result = out / category / (method if test == "test" else f"{method}-{test}") / "result.csv"
+
+    def find():
+        return [row for row in rows_of(out / "results.csv")
+                if [row["category"], row["test_set"], row["method"]] == [category, test, method]]
+
     common = ["--data", str(data), "--category", category, "--out", str(out)]
     log, code = io.StringIO(), 0
     with contextlib.redirect_stdout(log):
         if not (out / category / "checkpoint.pt").exists():
             given = [] if args.table == "demo" else ["--backbone", args.backbone, "--weights",
                                                      args.weights]
-            code = train.main([*common, "--seed", str(seed), "--threshold-images", "0", *given,
-                               *options, *args.train])
-        if not code and not result.exists():
-            code = evaluate.main([*common, "--method", method, "--test", test])
+            code = train.main([*common, "--seed", str(seed), *given, *options, *args.train])
+        if not code and not find():
+            code = evaluate.main([*common, "--method", method])
     if code:
         sys.exit(f"{folder}, {category}: failed\n{log.getvalue()}")
-    row, = rows_of(result)
+    row, = find()
     training = rows_of(out / category / "train.csv")
     missing = float(training[-1]["missing_share"]) if training else float("nan")
     found = [*(100 * float(row[name]) for name in ("image_auroc", "pixel_auroc", "aupro")), missing]
