@@ -5,10 +5,17 @@
     python tests/breaks.py --only NAME --demo   in place of the tests: what the demo prints then
     python tests/breaks.py --list          their names and what each would do to a user
 
-Every break is made in a temporary copy; the project itself is not changed. By hand, not by pytest.
-Exit code: the number of breaks that no test noticed.
+Every break is made in a temporary copy; the project itself is not changed. Exit code: the number of
+breaks that no test noticed.
+
+    python tests/breaks.py --exercise E4   takes the body of nearest_distance out of patchae.py
+    python tests/breaks.py --exercise E3   takes the body of patch_error out of it
+    python tests/breaks.py --solution      puts both back, and keeps yours as patchae.py.mine
+
+By hand, not by pytest.
 """
 import argparse
+import ast
 import re
 import shutil
 import subprocess
@@ -18,8 +25,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EQUATIONS, MODEL, DATA, SCRIPTS = (
-    f"tests/test_{name}.py" for name in ("equations", "model", "data", "scripts"))
+EQUATIONS, MODEL, TRAIN, EVALUATE, DATA = (
+    f"tests/test_{name}.py" for name in ("equations", "model", "train", "evaluate", "data"))
 
 # name, file, text to replace (a short one, it must stand there exactly once), replacement,
 # what it would do to a user, tests that should notice
@@ -53,19 +60,21 @@ BREAKS = [
      "faint parts of defects are no defect for the loss", [EQUATIONS]),
     ("paste-from-itself", "patchae.py", "draw(other, h, w)", "draw(image, h, w)",
      "what is pasted into an image comes from the same image", [EQUATIONS]),
-    ("clean-target", "train.py", "loss = patchae.training_loss(rebuilt, image, mask,",
-     "loss = patchae.training_loss(rebuilt, images[i:i + 1].to(model.device) / 255, mask,",
-     "a denoising auto-encoder: it learns to remove defects, the opposite of the paper", [MODEL]),
+    ("clean-target", "train.py",
+     "loss = model.loss(image.to(model.device), mask.to(model.device))",
+     "loss = patchae.training_loss(model(image.to(model.device)), images[i:i + 1].to(model.device)"
+     " / 255, mask.to(model.device), config.patch_size, config.defect_weight)",
+     "a denoising auto-encoder: it learns to remove defects, the opposite of the paper", [TRAIN]),
     ("defects-count-like-all-else", "patchae.py", "if not mask.any():", "if True:",
-     "few patches have a defect, so they are rebuilt worst", [MODEL]),
+     "few patches have a defect, so they are rebuilt worst", [EQUATIONS]),
     ("start-random", "patchae.py", 'if start == "identity":\n', 'if start == "none":\n',
      "training starts with distances that mean little", [MODEL]),
     ("drawing-starts-at-black", "patchae.py", "self.V2.bias, 1 / 2", "self.V2.bias, 0",
      "steps are spent on learning the mean colour", [MODEL]),
     ("backbone-thaws", "patchae.py", "requires_grad_(config.finetune_backbone)",
-     "requires_grad_(True)", "a frozen backbone is trained", [MODEL]),
-    ("statistics-of-the-batch", "patchae.py", "(backbone or self.backbone).eval()",
-     "(backbone or self.backbone)", "the features of an image depend on its own defects", [MODEL]),
+     "requires_grad_(True)", "a frozen backbone is trained", [TRAIN]),
+    ("statistics-of-the-batch", "patchae.py", "        self.backbone.eval()\n", "",
+     "the features of an image depend on its own defects", [MODEL]),
     # ---- features
     ("colours-not-imagenets", "patchae.py", "normalize(image, IMAGENET_MEAN, IMAGENET_STD)",
      "image", "the backbone sees colours that it was not trained on", [MODEL]),
@@ -74,33 +83,65 @@ BREAKS = [
     ("border-zeros", "patchae.py", 'module.padding_mode = "reflect"',
      'module.padding_mode = "zeros"',
      "the border of a normal image looks like an edge that no part has", [MODEL]),
-    ("scales-skipping", "patchae.py", "F.avg_pool2d(m, common // grid)",
-     'F.interpolate(m, (grid, grid), mode="nearest")',
+    ("scales-skipping", "patchae.py", "F.avg_pool2d(fine, common // grid)",
+     'F.interpolate(fine, (grid, grid), mode="nearest")',
      "three quarters of the finest map are never looked at", [EQUATIONS]),
     # ---- the decision
-    ("nothing-left-out", "patchae.py", "if first[j] != first[i]]", "]",
+    ("nothing-left-out", "patchae.py", "self.memory[:i] + self.memory[i + 1:])", "self.memory)",
      "each normal image is compared with itself: the threshold is nearly 0", [MODEL]),
-    ("raw-is-trained", "patchae.py", "return self.features(image, self.raw_backbone)",
-     "return self.represent(image)",
-     "the comparison with untrained features shows no gain", [MODEL]),
-    ("is-anomalous-inverted", "evaluate.py", "scores[n] > threshold if decided",
-     "scores[n] < threshold if decided", "good parts are thrown away", [SCRIPTS]),
-    ("counts-swapped", "evaluate.py", "good, bad = (scores", "bad, good = (scores",
-     "false alarms are reported as found defects", [SCRIPTS]),
+    ("raw-is-trained", "evaluate.py", "model = patchae.build_model(model.config, model.device)",
+     "pass", "the comparison with untrained features shows no gain", [EVALUATE]),
+    ("is-anomalous-inverted", "evaluate.py", "one.score, one.score > threshold, heatmap",
+     "one.score, one.score < threshold, heatmap", "good parts are thrown away", [EVALUATE]),
+    ("counts-swapped", "evaluate.py", "above the threshold {false} of", "above the threshold "
+     "{len(above) - false} of", "false alarms are reported as found defects", [EVALUATE]),
     ("small-defects-count-less", "evaluate.py", "1 / sizes[numbers], 1.0", "1.0, 1.0",
-     "AUPRO is dominated by large defects, as pixel AUROC is", [SCRIPTS]),
-    ("cropped", "data/images.py", "read_image(path, DRAFT * size).resize((size, size), ",
-     "read_image(path, DRAFT * size).resize((size, size), box=(4, 4, 60, 60), resample=",
-     "defects near the edge are never seen", [SCRIPTS]),
-    ("orientation-ignored", "data/images.py", "file if turn is None else", "file if True else",
-     "photographs lie on their side", [DATA]),
-    ("mask-only-bright", "data/images.py", "in LOSSY else 0", "in LOSSY else 127",
-     "masks with small numbers in place of 255 are empty", [DATA]),
-    ("half-written", "data/files.py", "            replace(target, unfinished)\n",
-     "            shutil.rmtree(target, ignore_errors=True)\n"
-     "            unfinished.replace(target)\n",
-     "a failure at the wrong moment loses the old results", [DATA]),
+     "AUPRO is dominated by large defects, as pixel AUROC is", [EVALUATE]),
+    ("cropped", "data/images.py", "image.resize((size, size), Image.Resampling.BILINEAR)",
+     "image.resize((size, size), box=(4, 4, 60, 60))",
+     "defects near the edge are never seen", [EVALUATE]),
+    ("orientation-ignored", "data/images.py", "ImageOps.exif_transpose(image, in_place=True)",
+     "pass", "photographs lie on their side", [DATA]),
+    ("small-defects-vanish", "data/images.py", "Image.Resampling.BOX", "Image.Resampling.NEAREST",
+     "a scratch of one pixel is no defect in a smaller mask, or falls into pieces", [DATA]),
+    ("half-written", "patchae.py", "        part.write_bytes(content)\n        part.replace(path)\n",
+     "        Path(path).write_bytes(content)\n", "a full disk loses the old checkpoint", [MODEL]),
+    ("prediction-replaced", "evaluate.py", "free.mkdir(parents=True)",
+     "free.mkdir(parents=True, exist_ok=True)", "a second prediction overwrites the first",
+     [EVALUATE]),
 ]
+
+
+EXERCISES = {"E3": "patch_error", "E4": "nearest_distance"}
+
+
+def take_out(label):
+    """Put an empty body into the function of an equation in patchae.py."""
+    path = ROOT / "patchae.py"
+    text = path.read_text(encoding="utf-8")
+    node, = [node for node in ast.parse(text).body
+             if getattr(node, "name", "") == EXERCISES[label]]
+    lines = text.splitlines(keepends=True)
+    first = node.body[1].lineno  # behind the docstring
+    lines[first - 1:node.end_lineno] = [f"    raise NotImplementedError('{label}: write this')\n"]
+    original = path.with_name("patchae.py.original")
+    if not original.exists():
+        shutil.copy(path, original)
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{node.name} in patchae.py is empty from line {first} on. Write it, and try:\n"
+          f"    python -m pytest -q {EQUATIONS} -k {label}\n"
+          "    python tests/breaks.py --solution    puts the original back")
+
+
+def put_back():
+    """Put the original patchae.py back; keep the exercise beside it."""
+    path = ROOT / "patchae.py"
+    original = path.with_name("patchae.py.original")
+    if not original.exists():
+        sys.exit("error: no exercise was begun; patchae.py is as it is")
+    path.replace(path.with_name("patchae.py.mine"))
+    original.replace(path)
+    print("patchae.py is the original again; yours is patchae.py.mine")
 
 
 def apply(copy, file, old, new, name):
@@ -130,7 +171,13 @@ def main():
     parser.add_argument("--only", metavar="NAME", help="this break alone, with pytest's output")
     parser.add_argument("--list", action="store_true", help="only say what there is")
     parser.add_argument("--demo", action="store_true", help="with --only: run the demo instead")
+    parser.add_argument("--exercise", choices=EXERCISES, help="empty the function of an equation")
+    parser.add_argument("--solution", action="store_true", help="put the original back")
     args = parser.parse_args()
+    if args.exercise:
+        return take_out(args.exercise)
+    if args.solution:
+        return put_back()
     chosen = [one for one in BREAKS if args.only in (None, one[0])]
     if not chosen:
         sys.exit(f"--only {args.only}: no such break; --list shows them")
