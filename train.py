@@ -214,7 +214,10 @@ def train_category(name, args, config, device):
     folder.mkdir(parents=True, exist_ok=True)
     model = patchae.build_model(config, device)
     log = Log(model, images, folder)
-    print(f"{name}: backbone {config.backbone}, weights {config.weights}")
+    vectors = len(images) * model.grid**2 * config.memory_fraction
+    size = vectors * model.encoder.W2.out_channels * 4 / 2**30  # numbers of 4 bytes
+    print(f"{name}: backbone {config.backbone}, weights {config.weights}; the memory M will take "
+          f"{size:.2f} GiB")
     fit(model, images, log)
     log.draw()
     model.remember(images, [path.name for path in paths], progress)

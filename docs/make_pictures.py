@@ -4,139 +4,151 @@
     python evaluate.py --demo
     python docs/make_pictures.py [--runs FOLDER] [--docs FOLDER]
 
-For each category NAME in runs/ it writes NAME.png, the overview. Of all together it writes
-nearest.png, defects.png, kinds.png (the three kinds of artificial defects), training.png (loss and
-missing share over the steps), border.png (the average over neighbours) and histogram.png.
+It writes felt.png and flange.png (rows of sheet.png), defects.png (rebuilt images), kinds.png (the
+three kinds of artificial defects), training.png (loss and missing share over the steps), border.png
+(the average over neighbours) and histogram.png (the scores of good and defective images).
 """
 import argparse
 import csv
-import random
-import shutil
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torchvision.transforms.v2.functional import center_crop, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import patchae  # noqa: E402
-from evaluate import CELL, GAP, LINE  # noqa: E402
+from evaluate import CELL, GAP, LINE, PER_TYPE, RANGE, heat  # noqa: E402
 from patchae import PatchAE  # noqa: E402
 
-BLUE, RED, GREY = (40, 100, 180), (190, 40, 40), (120, 120, 120)  # good or loss; bad or missing
-BIG = 192                  # pixels of a picture in defects.png and kinds.png
-SHOWN = 3                  # rows of each category in defects.png
-ROWS = (0, 3)              # rows of nearest.png that the README shows: two types of defect
-BARS = 30                  # bars of a histogram
-WIDTH, HEIGHT = 640, 300   # pixels of a chart
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 40, 50  # its margins
+NAMES = ("felt", "flange")  # the categories of the demo
+TYPES = 5                   # good and four types of defect
+ROW = 1                     # which of the PER_TYPE rows of each type is shown
+SHOWN = 3                   # rows of each category in defects.png
+PADDING = 2                 # pixels between the images of a run's defects.png
+SEED = 1                    # of kinds.png: all three kinds show well
+WIDE = 5                    # neighbourhood of border.png: wide, so that the effect is large
+BIG = 256                   # pixels of an image in defects.png and kinds.png
+MAP = 480                   # pixels of a map in border.png
+BARS = 30                   # bars of a histogram for good images, and as many for defective ones
+PANEL = (600, 390)          # pixels of a panel of a chart
+LEFT, RIGHT, TOP, BOTTOM = 90, 80, 80, 70  # its margins
+LETTERS = 22                # pixels; large, because pages and projectors shrink the picture
+BLUE, RED = (40, 100, 180), (200, 60, 30)  # good, defective
+THIN, THICK = 1, 3          # pixels of a line
 
 
-# ---- sheets of pictures -------------------------------------------------------------------------
-def text(draw, place, words, fill="black", anchor=None, size=15):
+# ---- sheets of images ---------------------------------------------------------------------------
+def text(draw, place, words, anchor="la", fill="black", **options):
     """One line of text."""
-    draw.text(place, words, fill=fill, font_size=size, anchor=anchor)
+    draw.text(place, words, fill=fill, font_size=LETTERS, anchor=anchor, **options)
 
 
-def stack(pictures):
-    """One picture of several, one below the other, on white."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)),
+def grid(pictures, columns, top=0, gap=0):
+    """Pictures of one size in rows, on white, with room for a line above; and what draws on it."""
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, top + rows * (height + gap) - gap),
                       "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet.paste(picture, (column * (width + gap), top + row * (height + gap)))
+    return sheet, ImageDraw.Draw(sheet)
 
 
-def to_picture(pixels, size=BIG):
-    """(3, H, W) or (1, H, W) in [0, 1] as a picture of size × size."""
-    pixels = (255 * pixels.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+def table(pictures, titles, size):
+    """Pictures, enlarged to size × size, with a title above each column."""
+    pictures = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+    sheet, draw = grid(pictures, len(titles), top=2 * LETTERS, gap=2 * GAP)
+    for column, title in enumerate(titles):
+        text(draw, (column * (size + 2 * GAP) + size / 2, LETTERS), title, "mm")
+    return sheet, draw
 
 
-def table(rows, titles):
-    """Pictures in rows and columns with a title above each column."""
-    size = (len(titles) * (BIG + GAP) - GAP, LINE + len(rows) * (BIG + GAP) - GAP)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, title in enumerate(titles):
-        text(draw, (x * (BIG + GAP) + BIG / 2, GAP), title, anchor="ma")
-        for y, row in enumerate(rows):
-            sheet.paste(row[x], (x * (BIG + GAP), LINE + y * (BIG + GAP)))
-    return sheet
+def cut_sheet(folder):
+    """Of sheet.png: its first line, one row of each type, and the scale of the colours."""
+    pixels = np.asarray(Image.open(folder / "trained" / "sheet.png"))
+    height = LINE + CELL + 2 * GAP
+    rows = [pixels[LINE + row * height:LINE + (row + 1) * height]
+            for row in range(ROW, TYPES * PER_TYPE, PER_TYPE)]
+    return Image.fromarray(np.concatenate([pixels[:LINE], *rows, pixels[-LINE:]]))
 
 
-def defects_sheet(folders):
-    """Normal, with artificial defects, their mask, rebuilt: other rows of each defects.png."""
-    rows = []
-    for number, folder in enumerate(folders):
-        picture = Image.open(folder / "defects.png")
-        columns = 4
-        cell = (picture.width - 2) // columns                             # torchvision's grid: 2 px
-        for row in range(number * SHOWN, (number + 1) * SHOWN):
-            boxes = [(x * cell + 2, row * cell + 2, (x + 1) * cell, (row + 1) * cell)
-                     for x in range(columns)]
-            rows.append([picture.crop(box).resize((BIG, BIG), Image.Resampling.BICUBIC)
-                         for box in boxes])
-    return table(rows, ["normal image", "with artificial defects", "mask", "rebuilt from R"])
-
-
-def kinds_sheet(image, other):
-    """⊗ on one slide: for each kind of artificial defect its paint, its opacity α, the result."""
-    rows = []
-    side = image.shape[1]
-    for draw in (patchae.altered_paste, patchae.scratch, patchae.stain):
-        h = w = side // 3
-        paint, alpha = draw(other, h, w)
-        top = left = side // 3
-        box = (slice(None), slice(top, top + h), slice(left, left + w))
-        whole_paint, whole_alpha = torch.full_like(image, 1), torch.zeros_like(image[:1])
-        whole_paint[box] = paint.expand(3, h, w)
-        whole_alpha[box] = alpha
-        result = (1 - whole_alpha) * image + whole_alpha * whole_paint
-        rows.append([to_picture(one) for one in (image, whole_paint, whole_alpha, result)])
-    return table(rows, ["I", "paint, in a box", "opacity alpha", "(1 - alpha) I + alpha paint"])
-
-
-def nearest_rows(folders):
-    """Of each category two rows of nearest.png."""
-    height = 2 * LINE + CELL + GAP
+def draw_defects(folders):
+    """Normal, with artificial defects, their mask, rebuilt: of each defects.png other rows."""
+    titles = ("normal", "artificial defects", "their mask", "rebuilt from R")
     pictures = []
-    for folder in folders:
-        picture = Image.open(folder / "trained" / "nearest.png")
-        pictures += [picture.crop((0, row * height, picture.width, (row + 1) * height))
-                     for row in ROWS]
-    return stack(pictures)
+    for number, folder in enumerate(folders):
+        preview = Image.open(folder / "defects.png")
+        step = (preview.width - PADDING) // len(titles)
+        for row in range(number * SHOWN, (number + 1) * SHOWN):
+            pictures += [preview.crop((x * step + PADDING, row * step + PADDING,
+                                       (x + 1) * step, (row + 1) * step))
+                         for x in range(len(titles))]
+    return table(pictures, titles, BIG)[0]
+
+
+def draw_kinds(image, other):
+    """⊗ step by step in the middle of an image (3, H, W): its paint, its opacity α, the result.
+
+    The box has the largest side that add_defects draws.
+    """
+    middle = center_crop(image, [image.shape[1] // 2])                    # (3, H/2, W/2)
+    side = int(image.shape[1] * patchae.BOX_SIDE[1])
+    edge = (middle.shape[1] - side) // 2
+    around = (edge, middle.shape[1] - side - edge) * 2
+    kinds = {"pasted piece": patchae.altered_paste, "scratch": patchae.scratch,
+             "stain": patchae.stain}
+    pictures = []
+    for draw_kind in kinds.values():
+        paint, alpha = draw_kind(other, side, side)
+        paint = F.pad(paint.expand(3, side, side), around, value=1)       # (3, H/2, W/2)
+        alpha = F.pad(alpha, around)                                      # (1, H/2, W/2)
+        result = (1 - alpha) * middle + alpha * paint                     # (3, H/2, W/2)
+        pictures += [to_pil_image(one) for one in (middle, paint, alpha.expand(3, -1, -1), result)]
+    sheet, draw = table(pictures, ("I", "paint, in a box", "opacity alpha",
+                                   "(1 - alpha) I + alpha paint"), BIG)
+    for row, name in enumerate(kinds):
+        text(draw, (2 * GAP, 2 * LETTERS + row * (BIG + 2 * GAP) + 2 * GAP), name, fill="white",
+             stroke_width=THICK, stroke_fill="black")
+    return sheet
 
 
 # ---- charts -------------------------------------------------------------------------------------
-def chart(title, x_range, y_range, x_name, y_name, legend):
-    """An empty chart with axes, five numbers on each, and a legend; a function to its pixels."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+def ticks(highest):
+    """Round numbers from 0 to highest or a little more, at most six."""
+    power = 10.0 ** math.floor(math.log10(highest))
+    step = next(part * power for part in (0.2, 0.5, 1, 2) if highest <= 5 * part * power)
+    return np.arange(math.ceil(highest / step) + 1) * step
+
+
+def panel(title, x_name, y_name, x_highest, y_highest):
+    """An empty chart whose axes begin at 0: the picture, what draws on it, a function to its pixels.
+    """
+    picture = Image.new("RGB", PANEL, "white")
     draw = ImageDraw.Draw(picture)
+    x_ticks, y_ticks = ticks(x_highest), ticks(y_highest)
 
     def place(x, y):
         """The pixel of a point."""
-        return (LEFT + (WIDTH - LEFT - RIGHT) * (x - x_range[0]) / (x_range[1] - x_range[0]),
-                HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_range[0])
-                / (y_range[1] - y_range[0]))
+        return (LEFT + (PANEL[0] - LEFT - RIGHT) * x / x_ticks[-1],
+                PANEL[1] - BOTTOM - (PANEL[1] - TOP - BOTTOM) * y / y_ticks[-1])
 
-    draw.line([place(x_range[0], y_range[1]), place(x_range[0], y_range[0]),
-               place(x_range[1], y_range[0])], fill="black")
-    for part in np.linspace(0, 1, 5):
-        x = x_range[0] + part * (x_range[1] - x_range[0])
-        y = y_range[0] + part * (y_range[1] - y_range[0])
-        text(draw, np.add(place(x, y_range[0]), (0, 5)).tolist(), f"{x:.4g}", anchor="ma")
-        text(draw, np.add(place(x_range[0], y), (-6, 0)).tolist(), f"{y:.3g}", anchor="rm")
-    text(draw, (LEFT, 8), title, size=17)
-    text(draw, (WIDTH / 2, HEIGHT - 22), x_name, anchor="ma")
-    text(draw, (8, TOP - 20), y_name)
-    left = WIDTH - RIGHT
-    for words, colour in reversed(legend):
-        text(draw, (left, 10), words, fill=colour, anchor="ra")
-        left -= draw.textlength(words, font_size=15) + 15
+    for y in y_ticks:
+        draw.line([place(0, y), place(x_ticks[-1], y)], fill="lightgrey", width=THIN)
+        text(draw, np.subtract(place(0, y), (8, 0)).tolist(), f"{y:.4g}", "rm")
+    for x in x_ticks:
+        text(draw, np.add(place(x, 0), (0, 8)).tolist(), f"{x:.4g}", "ma")
+    draw.line([place(0, y_ticks[-1]), place(0, 0), place(x_ticks[-1], 0)], fill="black", width=2)
+    text(draw, ((LEFT + PANEL[0] - RIGHT) / 2, 8), title, "ma", stroke_width=0.5)
+    text(draw, ((LEFT + PANEL[0] - RIGHT) / 2, PANEL[1] - 8), x_name, "md")
+    text(draw, (8, TOP - 12), y_name, "ld")
     return picture, draw, place
 
 
@@ -146,71 +158,92 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def histogram(folder):
-    """How many good and defective images have which score, and the threshold."""
-    result, = read_rows(folder / "result.csv")
-    threshold = float(result["threshold"])
-    scores = read_rows(folder / "scores.csv")
-    end = 1.05 * max([threshold, *(float(row["score"]) for row in scores)])
-    counts = [np.histogram([float(row["score"]) for row in scores
-                            if (row["folder"] == "good") == good], BARS, (0, end))[0]
-              for good in (True, False)]
-    picture, draw, place = chart(
-        f"{result['category']}, {result['test_set']}", (0, end), (0, int(sum(counts).max())),
-        "image score", "images",
-        [("good", BLUE), ("defective", RED), (f"threshold {threshold:.2f}", "black")])
-    below = np.zeros(BARS)
-    for count, colour in zip(counts, (BLUE, RED)):
-        for bar, (low, number) in enumerate(zip(below, count)):
-            if number:
-                draw.rectangle([*place(bar * end / BARS, low + number),
-                                *place((bar + 1) * end / BARS, low)], fill=colour)
-        below = below + count
-    draw.line([place(threshold, 0), place(threshold, sum(counts).max())], fill="black", width=2)
-    return picture
+def draw_histograms(runs):
+    """How many good and defective images have which score: each part with clear and faint defects.
+    """
+    thresholds = {(row["category"], row["test_set"]): float(row["threshold"])
+                  for row in read_rows(runs / "results.csv") if row["method"] == "trained"}
+    charts, panels = [], []
+    for name in NAMES:
+        scores = [[[float(row["score"]) for row in read_rows(runs / name / folder / "scores.csv")
+                    if (row["type"] == "good") == good] for good in (True, False)]
+                  for folder in ("trained", "trained-test_faint")]
+        end = ticks(max(score for both in scores for some in both for score in some))[-1]
+        for both, test, title in zip(scores, ("test", "test_faint"), ("clear", "faint")):
+            counts = [np.histogram(some, BARS, (0, end))[0] for some in both]
+            charts.append((f"{name}, {title} defects", end, thresholds[name, test], counts))
+    highest = max(count.max() for *_, counts in charts for count in counts)
+    for title, end, threshold, counts in charts:
+        picture, draw, place = panel(title, "image score", "images", end, highest)
+        for side, (count, colour) in enumerate(zip(counts, (BLUE, RED))):
+            for bar in np.flatnonzero(count):
+                left, right = (bar + side / 2) * end / BARS, (bar + (side + 1) / 2) * end / BARS
+                draw.rectangle([*place(left, count[bar]), *place(right, 0)], fill=colour)
+        x, top = place(threshold, ticks(highest)[-1])
+        draw.line([(x, top), place(threshold, 0)], fill="black", width=THICK)
+        text(draw, (x + 8, top), f"threshold {threshold:.2f}")
+        text(draw, (PANEL[0] - RIGHT, top + 2 * LETTERS), "good", "ra", BLUE)
+        text(draw, (PANEL[0] - RIGHT, top + 4 * LETTERS), "defective", "ra", RED)
+        panels.append(picture)
+    return grid(panels, 2)[0]
 
 
-def training_curve(folder):
-    """Loss, relative to its first value in train.csv, and missing share over the steps."""
-    rows = read_rows(folder / "train.csv")
-    steps = [float(row["step"]) for row in rows]
-    losses = [float(row["loss"]) for row in rows]
-    missing = [float(row["missing_share"]) for row in rows]
-    top = max(1, *missing)
-    picture, draw, place = chart(
-        folder.name, (0, steps[-1]), (0, top), "training step", "",
-        [("missing share", RED), (f"loss / {losses[0]:.3g}", BLUE)])
-    for values, colour in ((missing, RED), ([loss / losses[0] for loss in losses], BLUE)):
-        points = [place(*point) for point in zip(steps, values)]
-        draw.line(points, fill=colour, width=3)
-    return picture
+def draw_training(folders):
+    """Loss and missing share over the steps, with their last values."""
+    tables = [read_rows(folder / "train.csv") for folder in folders]
+    most_missing = max(float(row["missing_share"]) for rows in tables for row in rows)
+    panels = []
+    for folder, rows in zip(folders, tables):
+        for column, colour in (("loss", BLUE), ("missing_share", RED)):
+            steps, values = ([float(row[key]) for row in rows] for key in ("step", column))
+            name = column.replace("_", " ")
+            picture, draw, place = panel(f"{folder.name}: {name}", "training step", name, steps[-1],
+                                         max(values) if column == "loss" else most_missing)
+            points = [place(*point) for point in zip(steps, values)]
+            draw.line(points, fill=colour, width=THICK, joint="curve")
+            for point in points:
+                draw.circle(point, 2 * THICK, fill=colour)
+            text(draw, np.add(points[-1], (12, 0)).tolist(), f"{values[-1]:.2g}", "lm", colour)
+            panels.append(picture)
+    return grid(panels, 2)[0]
 
 
-def mean_maps(folder):
-    """The mean anomaly map of the normal images with a plain mean and with k √n, side by side."""
-    model = PatchAE.load(folder / "checkpoint.pt")
-    model.config.neighbourhood = 5                                        # wide, to be seen
-    divide_by_root, pictures = patchae.average_neighbours, []
-    for average in (plain_mean, divide_by_root):
-        patchae.average_neighbours = average
-        model.build_memory("raw")
-        maps = []
-        for i, image in enumerate(model.images):
-            r, = (model.vectors(batch, "raw") for batch in model.batches(image[None]))
-            others = model.memory[:i] + model.memory[i + 1:]
-            maps.append(patchae.nearest_distance(r.detach(), others))
-        mean = torch.cat(maps).mean(dim=0, keepdim=True)                  # (1, H', W')
-        pictures.append(mean / mean.mean())
-    patchae.average_neighbours = divide_by_root
-    low, high = (float(function(torch.stack(pictures))) for function in (torch.min, torch.max))
-    return table([[to_picture((one - low) / (high - low)) for one in pictures]],
-                 ["plain mean", "sum / (k root n)"])
-
-
-def plain_mean(features, neighbourhood):
+# ---- the border ---------------------------------------------------------------------------------
+def plain_mean(stage_map, neighbourhood):
     """The mean over the neighbours that exist: what average_neighbours does not do."""
-    return torch.nn.functional.avg_pool2d(features, neighbourhood, stride=1,
-                                          padding=neighbourhood // 2, count_include_pad=False)
+    return F.avg_pool2d(stage_map, neighbourhood, stride=1, padding=neighbourhood // 2,
+                        count_include_pad=False)
+
+
+def mean_map(config, images, average):
+    """The mean anomaly map (H', W') of normal images, each against all others, before training."""
+    with mock.patch.object(patchae, "average_neighbours", average):
+        model = patchae.build_model(replace(config, neighbourhood=WIDE))
+        model.images = images
+        model.build_memory()
+    maps = []
+    for i, vectors in enumerate(model.memory):
+        r = vectors.mT.reshape(1, -1, model.grid, model.grid)             # (1, C₃, H', W')
+        maps.append(patchae.nearest_distance(r, model.memory[:i] + model.memory[i + 1:]))
+    return torch.cat(maps).mean(dim=0).numpy()                            # (H', W')
+
+
+def draw_border(model):
+    """The mean maps with a plain mean and with k √n, in the colours of evaluate.heat."""
+    maps = [mean_map(model.config, model.images, average)
+            for average in (plain_mean, patchae.average_neighbours)]
+    low, high = np.min(maps), np.max(maps)
+    ramp = np.linspace(low, high, MAP)[None].repeat(LETTERS, axis=0)
+    *maps, ramp = [Image.fromarray(heat(np.interp(one, (low, high), RANGE))[0].astype(np.uint8))
+                   for one in (*maps, ramp)]
+    sheet, _ = table(maps, ("plain mean", "sum / (k root n)"), MAP)
+    sheet = ImageOps.expand(sheet, (0, 0, 0, 5 * LETTERS), "white")
+    draw, left, top = ImageDraw.Draw(sheet), sheet.width - MAP - 2 * LETTERS, sheet.height - 4 * LETTERS
+    sheet.paste(ramp, (left, top))
+    text(draw, (left - LETTERS, top), "mean distance to the nearest vector", "ra")
+    for part in np.linspace(0, 1, 5):
+        text(draw, (left + part * MAP, top + 1.5 * LETTERS), f"{low + part * (high - low):.3f}", "ma")
+    return sheet
 
 
 def main():
@@ -220,19 +253,17 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    folders = sorted(path.parent.parent for path in args.runs.glob("*/trained/result.csv"))
-    for folder in folders:
-        shutil.copy(folder / "trained" / "overview.png", args.docs / f"{folder.name}.png")
-    nearest_rows(folders).save(args.docs / "nearest.png")
-    defects_sheet(folders).save(args.docs / "defects.png")
+    folders = [args.runs / name for name in NAMES]
     model = PatchAE.load(folders[0] / "checkpoint.pt")
-    random.seed(1)
-    torch.manual_seed(1)
-    kinds_sheet(model.images[0] / 255, model.images[1] / 255).save(args.docs / "kinds.png")
-    stack([training_curve(folder) for folder in folders]).save(args.docs / "training.png")
-    mean_maps(folders[0]).save(args.docs / "border.png")
-    stack([histogram(folder / name) for folder in folders
-           for name in ("trained", "trained-test_faint")]).save(args.docs / "histogram.png")
+    pictures = {folder.name: cut_sheet(folder) for folder in folders}
+    pictures["defects"] = draw_defects(folders)
+    with patchae.seeded(SEED):
+        pictures["kinds"] = draw_kinds(model.images[0] / 255, model.images[1] / 255)
+    pictures["training"] = draw_training(folders)
+    pictures["histogram"] = draw_histograms(args.runs)
+    pictures["border"] = draw_border(model)
+    for name, picture in pictures.items():
+        picture.save(args.docs / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

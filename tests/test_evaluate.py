@@ -31,14 +31,14 @@ import pytest
 import torch
 from conftest import (CHECKPOINT, GOOD, MASKS, NOISE, OPTIONS, ROOT, TEST, TINY, contents,
                       draw_dataset, fails, random_states, save, watch)
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import evaluate
 import patchae
 import train
-from data import images, make_toy
+from data import make_toy
 from patchae import RECIPES, PatchAE, UserError
 
 TRAINED = Path("runs/part/trained")
