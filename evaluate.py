@@ -204,7 +204,7 @@ def read_truths(title, scored, size):
         print(f"{title}: {len(scored) - len(known)} defective images have no mask, left out of "
               "pixel metrics; expected ground_truth/TYPE/STEM.* or STEM_mask*.*")
     truths = {one.path: read_mask(one.masks, one.size, size) for one in known}
-    empty = [one.masks[0] for one in known if one.masks and not truths[one.path].any()]
+    empty = [one.masks[0] for one in known if one.kind != "good" and not truths[one.path].any()]
     if empty:
         print(f"{title}: {len(empty)} masks show no defect: {name_some(empty)}")
     return truths
@@ -236,8 +236,8 @@ def heat(level):
 def lay_over(image, anomaly_map, threshold):
     """Pillow's image with the colours of its anomaly map (H', W') laid over it, in its own aspect.
     """
-    level = upsample(anomaly_map[None], (image.height, image.width))[0].numpy() / threshold
-    colour, opacity = heat(level)
+    level = upsample(anomaly_map[None], (image.height, image.width))[0].numpy()
+    colour, opacity = heat(level / max(threshold, patchae.TINY))
     pixels = np.asarray(image) * (1 - opacity) + colour * opacity
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -304,8 +304,9 @@ def write_sheet(path, rows, threshold):
         lines += [text_line(width, [(GAP, title)]),
                   make_grid(cells, nrow=len(COLUMNS), padding=GAP, pad_value=255)]
     ramp, _ = heat(np.linspace(*RANGE, 2 * CELL)[None].repeat(LINE, axis=0))
-    legend = text_line(width, [(GAP, f"{RANGE[0] * threshold:.3g}"), (
-        4 * CELL, f"{RANGE[1] * threshold:.3g}; in the middle the threshold {threshold:.3g}")])
+    low, high = (f"{factor * threshold:.3g}" for factor in RANGE)
+    legend = text_line(width, [(CELL - 3 * LINE, f"{low:>6}"), (
+        3 * CELL + GAP, f"{high}; in the middle the threshold, {threshold:.3g}")])
     legend[:, :, CELL:3 * CELL] = torch.from_numpy(ramp).permute(2, 0, 1)  # (3, LINE, 2 · CELL)
     to_pil_image(torch.cat([*lines, legend], dim=1)).save(path)           # (3, height, width)
 

@@ -425,10 +425,7 @@ class PatchAE(nn.Module):
         return self.decoder(self.represent(image))
 
     def loss(self, image, mask):
-        """What a training step minimises: see training_loss.
-
-        image: (B, 3, H, W) in [0, 1] with its artificial defects; mask: (B, 1, H, W) bool.
-        """
+        """What training minimises: image (B, 3, H, W) with its defects, mask (B, 1, H, W) to ()."""
         return training_loss(self(image), image, mask, self.config.patch_size,
                              self.config.defect_weight)                   # ()
 
@@ -642,6 +639,7 @@ def make_parser(description):
 def number(kind, low, high):
     """The type of an option: an int or a float from low to high."""
     def convert(text):
+        """The number, or an error that argparse prints."""
         value = kind(text)
         if not low <= value <= high:  # true of NaN, too
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}")
@@ -704,4 +702,5 @@ def run(main):
     try:
         sys.exit(exit_code(main))
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

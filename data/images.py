@@ -44,8 +44,14 @@ def choose_categories(root, names, demo=False):
                         "see data/README.md for other layouts")
     unknown = [name for name in names if name not in (*there, "all")]
     if unknown:
-        raise UserError(f"--category {' '.join(unknown)}: not there; {root} has {', '.join(there)}; or all")
+        raise UserError(f"--category {' '.join(unknown)}: not there; {root} has "
+                        f"{', '.join(there)}; or all")
     return root, there if "all" in names else list(dict.fromkeys(names))
+
+
+def refuse(error):
+    """A folder that may not be read is an error: without its images numbers would be wrong."""
+    raise error
 
 
 def list_images(folder):
@@ -54,9 +60,6 @@ def list_images(folder):
     Links to folders are followed, each folder once. Results of ours are skipped, too. UserError if
     there is no image, OSError for a folder that may not be read.
     """
-    def refuse(error):
-        raise error
-
     found, skipped = [], []
     seen = set(Path(os.path.realpath(folder)).parents)
     for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -87,6 +90,16 @@ def name_some(paths):
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
+def find_masks(*folders):
+    """{(TYPE, STEM of an image): paths of its masks STEM.* and STEM_mask*.*} in these folders."""
+    masks = {}
+    for folder in folders:
+        for path in list_images(folder) if folder.is_dir() else ():
+            for stem in {path.stem, path.stem.rpartition("_mask")[0]}:
+                masks.setdefault((path.parent.relative_to(folder), stem), []).append(path)
+    return masks
+
+
 def list_test_sets(category):
     """{name of a folder test*: its list of (image path, type, mask paths)}. UserError without any.
 
@@ -95,14 +108,11 @@ def list_test_sets(category):
     """
     sets = {}
     for folder in sorted(path for path in category.glob("test*") if path.is_dir()):
-        if not any(path.is_dir() and path.name[0] not in SKIPPED for path in folder.iterdir()):
+        if not any(path.is_dir() and not path.name.startswith((*SKIPPED, "ground_truth"))
+                   for path in folder.iterdir()):
             print(f"{folder}: has no folders TYPE, left out")
             continue
-        masks = {}
-        for truth in (category / f"ground_truth{folder.name[4:]}", folder / "ground_truth"):
-            for path in list_images(truth) if truth.is_dir() else ():
-                for stem in {path.stem, path.stem.rpartition("_mask")[0]}:
-                    masks.setdefault((path.parent.relative_to(truth), stem), []).append(path)
+        masks = find_masks(category / f"ground_truth{folder.name[4:]}", folder / "ground_truth")
         sets[folder.name] = []
         for path in list_images(folder):
             place = path.relative_to(folder)
@@ -125,7 +135,7 @@ def open_upright(path):
             # an MPO is a phone's JPEG with a second, smaller picture behind the photograph
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError("it has several pages; save each as a file")
-            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())  # of a TIFF, if it has them
+            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())  # of a TIFF
             if ";16" in str(image.tile) or 16 in bits or image.mode[0] in "IF":
                 raise ValueError("more than 8 bits would be lost; scale all images alike to 8 bits")
             image.load()
@@ -163,6 +173,7 @@ def to_tensor(image, size):
 def read_each(paths, size, progress=iter):
     """Read files in a few threads: of each (tensor (3, size, size), its size), or the UserError."""
     def read(path):
+        """One file."""
         try:
             image = read_image(path)
             return to_tensor(image, size), image.size
