@@ -69,7 +69,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.to and not args.predict:
         raise UserError("--to: belongs to --predict; labelled test sets go to --out")
-    args.method = args.method or (["raw", "trained"] if args.demo else ["trained"])
+    asked = args.method or (["raw", "trained"] if args.demo else ["trained"])
+    args.method = [method for method in METHODS if method in asked]  # each once
     return args
 
 

@@ -314,6 +314,7 @@ def test_cut_and_too_large_files_are_errors_but_foreign_exif_data_are_none(tmp_p
         images.read_image(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # older versions of Pillow doubt their own MPO files
 @pytest.mark.parametrize("form", ["tif", "png", "webp", "mpo"])
 def test_several_pages_are_an_error(tmp_path, form):
     """The defect may be on the last one. But the second picture of a phone's MPO is a preview."""
