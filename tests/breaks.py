@@ -67,7 +67,7 @@ BREAKS = [
      "a denoising auto-encoder: it learns to remove defects, the opposite of the paper", [TRAIN]),
     ("defects-count-like-all-else", "patchae.py", "if not mask.any():", "if True:",
      "few patches have a defect, so they are rebuilt worst", [EQUATIONS]),
-    ("start-random", "patchae.py", 'if start == "identity":\n', 'if start == "none":\n',
+    ("start-random", "patchae.py", 'if start == "identity":  #', 'if start == "none":  #',
      "training starts with distances that mean little", [MODEL]),
     ("drawing-starts-at-black", "patchae.py", "self.V2.bias, 1 / 2", "self.V2.bias, 0",
      "steps are spent on learning the mean colour", [MODEL]),

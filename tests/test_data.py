@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOOD, MASKS, NOISE, OPTIONS, ROOT, TEST, TINY, contents, fails, save
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 import evaluate
 import train
@@ -314,14 +314,16 @@ def test_cut_and_too_large_files_are_errors_but_foreign_exif_data_are_none(tmp_p
         images.read_image(path)
 
 
-@pytest.mark.filterwarnings("ignore")  # older versions of Pillow doubt their own MPO files
-@pytest.mark.parametrize("form", ["tif", "png", "webp", "mpo"])
-def test_several_pages_are_an_error(tmp_path, form):
+@pytest.mark.parametrize("form", ["tif", "png", "webp", "jpg"])
+def test_several_pages_are_an_error(tmp_path, monkeypatch, form):
     """The defect may be on the last one. But the second picture of a phone's MPO is a preview."""
     path, pages = tmp_path / f"a.{form}", [NOISE.rotate(90 * n).convert("RGB") for n in range(3)]
-    pages[0].save(path, save_all=True, append_images=pages[1:])
-    if form == "mpo":
-        assert images.read_image(path.rename(tmp_path / "a.jpg")).size == (64, 64)
+    more = {} if form == "jpg" else {"save_all": True, "append_images": pages[1:]}
+    pages[0].save(path, **more)
+    if form == "jpg":  # as Pillow reads an MPO
+        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "n_frames", 2, raising=False)
+        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "format", "MPO")
+        assert images.read_image(path).size == (64, 64)
         return
     with pytest.raises(UserError, match=f"a.{form}.*several pages"):
         images.read_image(path)
