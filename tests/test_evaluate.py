@@ -607,11 +607,16 @@ def test_any_name_on_any_console(workspace, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
-def test_a_script_without_any_stream(workspace):
-    """A scheduled task, or pythonw: it works all the same."""
-    command = f"{shlex.join([sys.executable, str(ROOT / 'evaluate.py'), *OPTIONS])} >&- 2>&-"
-    assert subprocess.run(command, shell=True, stdin=subprocess.DEVNULL).returncode == 0
-    assert len(rows(TRAINED / "scores.csv")) == 4
+def test_a_process_without_any_stream_and_with_any_encoding(workspace):
+    """A scheduled task, or pythonw, has no streams. The encoding of text files depends on the
+    machine, so none may be opened without one; only the start of a process can ask for that."""
+    code = (f"import sys, warnings; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+            "warnings.filterwarnings('error', '', EncodingWarning, 'patchae|train|eval|data')\n"
+            f"import train, evaluate\nassert train.main({[*OPTIONS, *TINY]!r}) == 0\n"
+            f"assert evaluate.main({OPTIONS!r}) == evaluate.main({OPTIONS!r}) == 0")
+    command = shlex.join([sys.executable, "-X", "warn_default_encoding", "-c", code])
+    done = subprocess.run(f"{command} >&- 2>&-", shell=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and len(rows(TRAINED / "scores.csv")) == 4
 
 
 def test_everything_is_computed_on_the_device(workspace, monkeypatch):

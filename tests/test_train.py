@@ -16,8 +16,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (CHECKPOINT, GOOD, OPTIONS, ROOT, TEST, TINY, contents, draw_images, fails,
+from conftest import (CHECKPOINT, GOOD, OPTIONS, TEST, TINY, contents, draw_images, fails,
                       make_model, random_states, seed_all, watch)
 from PIL import Image
 
@@ -161,16 +159,6 @@ def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, 
     assert picture == Path("runs/part/defects.png").read_bytes()
     for one, other in zip(LOG.read_text().splitlines(), log.splitlines(), strict=True):
         assert one.rpartition(",")[0] == other.rpartition(",")[0]
-
-
-def test_no_text_file_is_opened_without_its_encoding(workspace):
-    """The default depends on the machine. In a process of its own, since only its start can ask."""
-    code = (f"import sys, warnings; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "warnings.filterwarnings('error', '', EncodingWarning, 'patchae|train|eval|data')\n"
-            f"import train, evaluate\nassert train.main({[*OPTIONS, *TINY]!r}) == 0\n"
-            f"assert evaluate.main({OPTIONS!r}) == evaluate.main({OPTIONS!r}) == 0")
-    subprocess.run([sys.executable, "-X", "warn_default_encoding", "-c", code], check=True,
-                   stdout=subprocess.DEVNULL)
 
 
 def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys):
