@@ -367,7 +367,7 @@ RECIPES = {
     # fine textures such as paper or felt: random weights, and training makes the features
     "textures": Config(backbone="resnet18", weights="random", finetune_backbone=True, stages=(1, 2),
                        image_size=256, patch_size=8, steps=1500, lr=5e-3, encoder_lr=1e-3),
-    # the same on small images and without an average: no download, and done in two minutes
+    # the same on small images and without an average: no download, and soon done
     "demo": Config(backbone="resnet18", weights="random", finetune_backbone=True, stages=(1, 2),
                    image_size=96, patch_size=4, neighbourhood=1, steps=1500, encoder_lr=1e-3),
 }

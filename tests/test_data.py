@@ -457,7 +457,7 @@ DRAWN = {
              (715, 140.2, 158.7, 147.4, 102.5, 123.9, 115.7)]}
 
 
-def measure(path, there=np.s_[:, :]):
+def measure(path, there):
     """The mean of each colour of an image, where the mask is."""
     return np.array(Image.open(path).convert("RGB"), dtype=float)[there].reshape(-1, 3).mean(axis=0)
 
