@@ -340,28 +340,23 @@ def choose_shown(scored, ranked, threshold, labelled):
 def write_results(folder, scored, model, threshold, truths, labelled):
     """Write a heatmap of each image, the most anomalous first, sheet.png, and at last scores.csv.
 
-    Returns the ranked images, and the errors of those that cannot be read any more.
+    Returns the ranked images. UserError if an image cannot be read any more.
     """
     ranked = sorted(scored, key=lambda one: -one.score)
     shown = choose_shown(scored, ranked, threshold, labelled)
-    table, rows, errors = [["path", "type", "score", "is_anomalous", "heatmap"]], {}, []
+    table, rows = [["path", "type", "score", "is_anomalous", "heatmap"]], {}
     for rank, one in enumerate(progress(ranked), 1):
+        image = read_image(one.path)
+        if one in shown:
+            rows[one] = explain(one, image, model, threshold, truths.get(one.path))
+        image.thumbnail((LARGEST_HEATMAP, LARGEST_HEATMAP))
         heatmap = f"{rank:04d}_{one.kind}_{one.path.stem}"[:LONGEST_NAME] + ".png"
-        try:
-            image = read_image(one.path)
-        except UserError as error:  # a moment ago it could be read
-            errors.append(error)
-            heatmap = ""
-        else:
-            if one in shown:
-                rows[one] = explain(one, image, model, threshold, truths.get(one.path))
-            image.thumbnail((LARGEST_HEATMAP, LARGEST_HEATMAP))
-            overlay = lay_over(image, one.anomaly_map, threshold)
-            overlay.save(folder / "heatmaps" / heatmap, compress_level=1)  # faster, 4 % larger
+        overlay = lay_over(image, one.anomaly_map, threshold)
+        overlay.save(folder / "heatmaps" / heatmap, compress_level=1)  # faster, 4 % larger
         table.append([one.path, one.kind, one.score, one.score > threshold, heatmap])
-    write_sheet(folder / "sheet.png", [rows[one] for one in shown if one in rows], threshold)
+    write_sheet(folder / "sheet.png", [rows[one] for one in shown], threshold)
     write_table(folder / "scores.csv", table)
-    return ranked, errors
+    return ranked
 
 
 def print_found(title, ranked, threshold, labelled):
@@ -392,9 +387,9 @@ def score_set(title, folder, samples, detector, labelled):
     if errors and labelled or not scored:
         raise join_errors(errors)
     truths = read_truths(title, scored, model.config.image_size) if labelled else {}
-    ranked, more = write_results(folder, scored, model, threshold, truths, labelled)
+    ranked = write_results(folder, scored, model, threshold, truths, labelled)
     print_found(title, ranked, threshold, labelled)
-    return scored, truths, seconds, errors + more
+    return scored, truths, seconds, errors
 
 
 def predict_category(name, args, device, table):
@@ -426,12 +421,9 @@ def evaluate_category(name, args, device, table):
         detector = prepare(name, trained, method, args.quantile)
         for test, samples in sets.items():
             folder = args.out / name / (method if test == "test" else f"{method}-{test}")
-            scored, truths, seconds, errors = score_set(
+            scored, truths, seconds, _ = score_set(
                 f"{name} {test} {method}", folder, samples, detector, True)
-            if errors:
-                raise join_errors(errors)
-            written = name.encode("utf-8", "backslashreplace").decode()  # as in the file
-            table.append([written, test, method, *measure(scored, truths), seconds, detector[2],
+            table.append([name, test, method, *measure(scored, truths), seconds, detector[2],
                           config.seed, config.backbone, Path(config.weights).name])
             add_result(args.out / "results.csv", table[-1])
 

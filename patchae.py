@@ -381,7 +381,7 @@ class PatchAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         size, patch = config.image_size, config.patch_size
-        if size % 32 or size % patch or size < 2 * patch:
+        if size % 32 or size % patch:
             raise UserError(f"--image-size {size} --patch-size {patch}: the image size must be a "
                             "multiple of 32 and of the patch size, as 384 is of 12")
         self.config = config

@@ -14,7 +14,6 @@ from patchae import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 LOSSY = ("JPEG", "MPO", "WEBP")  # formats that blur the edges of a mask
 SKIPPED = (".", "@", "#", "$", "~")  # how names begin that systems and programs give
-BITS_PER_SAMPLE = 258  # the TIFF entry
 SMALLEST = 8   # pixels of a side: less than a patch shows nothing
 NAMED = 20     # files that a message names; more would hide its end
 THREADS = 8    # our choice: a photograph takes much memory until it is resized
@@ -135,8 +134,7 @@ def open_upright(path):
             # an MPO is a phone's JPEG with a second, smaller picture behind the photograph
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError("it has several pages; save each as a file")
-            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())  # of a TIFF
-            if ";16" in str(image.tile) or 16 in bits or image.mode[0] in "IF":
+            if ";16" in str(image.tile) or image.mode[0] in "IF":
                 raise ValueError("more than 8 bits would be lost; scale all images alike to 8 bits")
             image.load()
     except MemoryError:
