@@ -309,7 +309,8 @@ def write_sheet(path, rows, threshold):
     legend = text_line(width, [(CELL - 3 * LINE, f"{low:>6}"), (
         3 * CELL + GAP, f"{high}; in the middle the threshold, {threshold:.3g}")])
     legend[:, :, CELL:3 * CELL] = torch.from_numpy(ramp).permute(2, 0, 1)  # (3, LINE, 2 · CELL)
-    to_pil_image(torch.cat([*lines, legend], dim=1)).save(path)           # (3, height, width)
+    sheet = to_pil_image(torch.cat([*lines, legend], dim=1))              # (3, height, width)
+    sheet.save(path, compress_level=1)
 
 
 # ---- a category, whole --------------------------------------------------------------------------

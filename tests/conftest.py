@@ -1,6 +1,7 @@
 """What the tests share: a tiny data set, a model trained on it, a check for errors of one line."""
 import contextlib
 import copy
+import csv
 import io
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,19 +45,14 @@ def random_states():
 
 def seed_all(seed):
     """Seed all three global random generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(seed)
 
 
 @pytest.fixture(autouse=True)
 def same_chance():
-    """Every test begins with the same random numbers, alone or among others, and leaves none."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Every test begins with the same random numbers, alone or among others."""
     seed_all(0)
-    yield
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states):
-        restore(state)
 
 
 def make_model(**options):
@@ -94,9 +91,27 @@ def save(image, path, **options):
     image.save(path, **options)
 
 
+def pixels(path, size=None):
+    """An image file by Pillow alone, (H, W, 3) in 0 to 255."""
+    image = Image.open(path).convert("RGB")
+    return np.array(image.resize(size, Image.BILINEAR) if size else image, dtype=float)
+
+
+def rows(path):
+    """A CSV file as a list of dicts."""
+    return list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
+
+
 def contents(root="."):
     """All that is below a folder: {path: bytes, or False for a folder}."""
     return {path: path.is_file() and path.read_bytes() for path in Path(root).rglob("*")}
+
+
+def distances(queries, memory):
+    """(N, 16, 16): of N · 256 vectors the distance to the nearest in the memory, by
+    scikit-learn."""
+    nearest = NearestNeighbors(n_neighbors=1).fit(memory.reshape(-1, memory.shape[-1]))
+    return nearest.kneighbors(queries.reshape(-1, memory.shape[-1]))[0].reshape(-1, 16, 16)
 
 
 def fails(capsys, main, argv, *words):
@@ -130,6 +145,7 @@ def learned():
 
     With all calls of add_defects and of training_loss.
     """
+    seed_all(0)
     model, images = make_model(steps=38, lr=3e-2, encoder_lr=1e-3, finetune_backbone=True,
                                defect_weight=0.25), draw_images(6, 3)
     before = copy.deepcopy(model)

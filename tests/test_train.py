@@ -9,7 +9,6 @@
 - An option changes what its help names and nothing else. The help names every default.
 """
 import copy
-import csv
 import dataclasses
 import itertools
 import math
@@ -25,29 +24,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (CHECKPOINT, GOOD, OPTIONS, TEST, TINY, contents, draw_images, fails,
-                      make_model, random_states, seed_all, watch)
+                      make_model, pixels, random_states, rows, seed_all, watch)
 from PIL import Image
 
 import patchae
 import train
+from data.images import read_images
 from patchae import RECIPES, Config, PatchAE, UserError
 
 LOG = Path("runs/part/train.csv")
 
 
-def run(*argv, code=0):
-    """train.main must end with this code, given the options of a tiny training and these."""
-    assert train.main([*OPTIONS, *TINY, *(str(word) for word in argv)]) == code
+def run(*argv):
+    """train.main must succeed, given the options of a tiny training and these."""
+    assert train.main([*OPTIONS, *TINY, *argv]) == 0
 
 
 def checkpoint(path=CHECKPOINT):
     """What a checkpoint holds."""
     return torch.load(path, weights_only=True)
-
-
-def pixels(path):
-    """An image file by Pillow alone, (H, W, 3) in 0 to 255."""
-    return np.array(Image.open(path).convert("RGB"), dtype=float)
 
 
 # ---- fit ----------------------------------------------------------------------------------------
@@ -109,8 +104,8 @@ def test_inputs_are_random_images_with_new_defects(learned, model, monkeypatch):
     assert len(set(zip(chosen, chosen[1:]))) > 12  # of 36 successions; 6 one after the other
     assert len(set(pairs)) > 12  # of 30; "always the next one" would be 6
     assert len(torch.stack([image for _, (image, _) in learned.defects]).unique(dim=0)) == 38
-    defects = watch(monkeypatch, patchae, "add_defects")
-    losses = watch(monkeypatch, patchae, "training_loss")
+    defects, losses = (watch(monkeypatch, patchae, name)
+                       for name in ("add_defects", "training_loss"))
     for wanted in (True, False):
         model.config = dataclasses.replace(model.config, steps=1, defects=wanted)
         train.fit(model, learned.images[:1])
@@ -147,18 +142,16 @@ def test_a_training_is_repeated_by_its_seed_and_sees_only_train_good(workspace, 
         run()
     assert random_states() == states
     assert {path for (path, *_), _ in opened} == set(normal) and len(opened) == len(normal) == 6
-    after = checkpoint()
-    assert set(after) == {"config", "model", "images", "names", "normal_scores"}
+    after, model = checkpoint(), PatchAE.load(CHECKPOINT)
     assert after["config"] == before["config"] and after["names"] == [p.name for p in normal]
     assert np.array_equal(after["images"].permute(0, 2, 3, 1), [pixels(path) for path in normal])
     assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
-    assert torch.equal(after["normal_scores"], before["normal_scores"])
-    model = PatchAE.load(CHECKPOINT)
     model.remember(model.images)  # R of the end of the training
-    assert torch.equal(model.normal_scores, after["normal_scores"])
+    for scores in (before["normal_scores"], model.normal_scores):
+        assert torch.equal(scores, after["normal_scores"])
     assert picture == Path("runs/part/defects.png").read_bytes()
-    for one, other in zip(LOG.read_text().splitlines(), log.splitlines(), strict=True):
-        assert one.rpartition(",")[0] == other.rpartition(",")[0]
+    assert [re.sub(",[^,]*\n", "", text) for text in (log, LOG.read_text())].count(
+        re.sub(",[^,]*\n", "", log)) == 2
 
 
 def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys):
@@ -166,27 +159,25 @@ def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys)
     left.
 
     defects.png shows normal images, their defects, the masks, what the decoder draws; what is
-    missing follows from its pixels. A copy is left out and named. Nothing goes to a pipe but that.
-    Images are rebuilt one at a time, as in training, so that what can be trained can be looked at.
+    missing follows from its pixels. Nothing goes to a pipe but what is expected here. Images are
+    rebuilt one at a time, as in training, so that what can be trained can be looked at.
     """
     losses = watch(monkeypatch, patchae, "training_loss")
     looked = watch(monkeypatch, PatchAE, "features")
     clock = itertools.count(0, 60).__next__
     monkeypatch.setattr(train, "Log", partial(train.Log, clock=clock))
-    Image.open(GOOD / "000.png").save(GOOD / "same.tif")
-    run("--steps", 13)
+    run("--steps", "13")
     out, err = capsys.readouterr()
-    text = LOG.read_bytes().decode()
-    log = list(csv.DictReader(text.splitlines()))
-    assert "\r" not in text and list(log[0]) == ["step", "loss", "missing_share", "seconds"]
     losses = [loss.item() for _, loss in losses]
     means = [(a + b) / 2 for a, b in zip(losses[:12:2], losses[1::2])] + losses[12:]
-    steps, missing = [2, 4, 6, 8, 10, 12, 13], [float(row["missing_share"]) for row in log]
+    log, steps = rows(LOG), [2, 4, 6, 8, 10, 12, 13]
+    missing = [float(row["missing_share"]) for row in log]
+    assert list(log[0]) == ["step", "loss", "missing_share", "seconds"]
     assert [list(map(float, row.values())) for row in log] == pytest.approx(
         np.array([steps, means, missing, np.arange(60, 421, 60)]).T, rel=1e-5)
     assert err == "" and {len(image) for (_, image, *_), _ in looked} == {1}
     assert out.splitlines()[1:] == [
-        "part: left out 1 exact copies: same.tif", "part: 6 normal images",
+        "part: 6 normal images",
         "part: backbone resnet18, weights random; the memory M will take 0.00 GiB",
         *(f"part: step {step}/13  loss {loss:.4f}  missing_share {share:.3f}  "
           f"{60 * n / step * (13 - step):.0f} s left"
@@ -194,7 +185,7 @@ def test_what_a_training_prints_writes_and_draws(workspace, monkeypatch, capsys)
         f"part: wrote {CHECKPOINT}"]
     cells = pixels("runs/part/defects.png")[2:, 2:].reshape(6, 66, 4, 66, 3)[:, :64, :, :64]
     normal, defected, mask, rebuilt = cells.transpose(2, 0, 1, 3, 4)
-    assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.glob("*.png"))[:6]])
+    assert np.array_equal(normal, [pixels(path) for path in sorted(GOOD.iterdir())])
     assert set(np.unique(mask)) == {0, 255} and (normal == defected)[mask == 0].all()
     assert (normal != defected)[mask == 255].mean() > 0.5
     error, all_of_it = (((one - defected)**2)[mask == 255].sum() for one in (rebuilt, normal))
@@ -210,67 +201,31 @@ def test_in_which_order_a_training_writes_and_what_it_leaves_alone(workspace, mo
     for name in ("trained/scores.csv", "letter.txt", "predictions/scores.csv"):
         Path("runs/part", name).parent.mkdir(exist_ok=True)
         Path("runs/part", name).write_text("old")
-    old, seen = contents("runs/part"), []
+    old, fit = contents("runs/part"), train.fit
 
     def look(model, images, log):
-        seen.append(len(LOG.read_text().splitlines()))
-        log(4, 0.1)
-        seen.append(len(LOG.read_text().splitlines()))
+        assert LOG.read_bytes() == b"step,loss,missing_share,seconds\n"
+        fit(model, images, log)
+        assert LOG.read_bytes().count(b"\n") == 2
         assert contents("runs/part") == {**old, LOG: LOG.read_bytes()}
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "fit", look)
-        run()
-    assert seen == [1, 2] and CHECKPOINT.read_bytes() == old[CHECKPOINT]
-    capsys.readouterr()
-    run("--steps", 1)
-    out = capsys.readouterr().out
-    assert "part: the evaluations in runs/part are of the checkpoint before" in out
-    ours = {CHECKPOINT, LOG, Path("runs/part/defects.png")}
+    monkeypatch.setattr(train, "fit", look)
+    run("--steps", "1")
+    assert "the evaluations in runs/part are of the checkpoint before" in capsys.readouterr().out
     after = contents("runs/part")
-    assert set(after) == set(old) and {path for path in old if old[path] != after[path]} == ours
+    assert set(after) == set(old) and {path for path in old if old[path] != after[path]} == {
+        CHECKPOINT, LOG, Path("runs/part/defects.png")}
 
 
 def test_a_loss_that_is_no_number_stops_the_training(workspace):
     """It names the options that help; and a training without steps is one."""
-    run("--steps", 0)
-    assert LOG.read_text() == "step,loss,missing_share,seconds\n"
+    run("--steps", "0")
     model = PatchAE.load(CHECKPOINT)
     model.config.steps = 4
     log = train.Log(model, model.images, Path("runs/part"))
     for loss in (math.nan, math.inf, 1e5):
         with pytest.raises(UserError, match="part: the loss is .*--lr or --encoder-lr"):
             log(1, loss)
-
-
-def test_skip_finished(workspace, monkeypatch, capsys):
-    """The same images and Config: left as it is. Another option, another image, a damaged or absent
-    checkpoint: trained anew."""
-    trained = Mock()
-    monkeypatch.setattr(train, "fit", trained)
-    before = CHECKPOINT.read_bytes()
-
-    def trains(*argv):
-        trained.reset_mock()
-        run("--skip-finished", *argv)
-        return trained.call_count
-
-    assert trains() == 0 and CHECKPOINT.read_bytes() == before
-    assert "part: runs/part has these images and options" in capsys.readouterr().out
-    there = PatchAE.load(CHECKPOINT)
-    for option in TRAIN_OPTIONS:
-        _, config = train.parse([*OPTIONS, *TINY, *option.split()])
-        with monkeypatch.context() as patch:
-            patch.setattr(PatchAE, "load", lambda path: there)  # once is enough
-            assert train.is_finished(CHECKPOINT, config, there.images) == ("--device" in option)
-    CHECKPOINT.write_bytes(before[:-9])
-    assert [trains(), trains()] == [1, 0]
-    shutil.copy(TEST / "good/000.png", GOOD / "one_more.png")
-    assert [trains(), trains()] == [1, 0]
-    (GOOD / "one_more.png").write_bytes((TEST / "good/001.png").read_bytes())
-    CHECKPOINT.rename("moved.pt")
-    assert [trains(), trains()] == [1, 0]
 
 
 def test_where_nothing_can_be_written_no_step_is_made(workspace, monkeypatch, capsys):
@@ -283,110 +238,64 @@ def test_where_nothing_can_be_written_no_step_is_made(workspace, monkeypatch, ca
     fails(capsys, train.main, [*OPTIONS, *TINY], "read-only", LOG)
 
 
+def test_several_categories(workspace, capsys):
+    """One that fails leaves the others, in the order asked for, and the exit code is 2. `all` means
+    all; each is trained once."""
+    for name in ("second", "third"):
+        shutil.copytree("data/part", Path("data", name))
+    Path("data/second/train/good/000.png").write_bytes(b"text")
+    argv = [*OPTIONS, *TINY, "--steps", "0", "--out", "new", "--category"]
+    fails(capsys, train.main, [*argv, "third", "second", "part/", "third"], "second/train/good/000")
+    assert sorted(os.listdir("new")) == ["part", "third"]
+    assert train.main([*argv, "all"]) == 2
+    assert re.findall(r"(\w+): wrote", capsys.readouterr().out) == ["part", "third"]
+
+
 # ---- options ------------------------------------------------------------------------------------
-def train_and_look(*argv):
-    """Run train.py; what a run consists of, place by place, each a flat tensor."""
-    def flat(*tensors):
-        return torch.cat([torch.as_tensor(t).detach().float().flatten() for t in tensors])
-
-    def part(state, name):
-        return flat(*(state[key] for key in state if key.startswith(name)))
-
-    def build(*arguments):
-        model = build_model(*arguments)
-        seen["model"], state = model, model.state_dict()
-        seen.update({f"{name} at start": part(state, name)
-                     for name in ("backbone", "encoder", "decoder")})
-        return model
-
-    seen, build_model = {}, patchae.build_model
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patchae, "build_model", build)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(train, "CHECKED", 1)  # to save time
-        losses = watch(patch, patchae, "training_loss")
-        run(*argv)
-    content, memory = checkpoint(), seen.pop("model").memory
-    seen |= {name: part(content["model"], name) for name in ("backbone", "encoder", "decoder")}
-    return content["config"], seen | {
-        "images": flat(content["images"]), "scores": flat(content["normal_scores"]),
-        "inputs": flat(*(t for (_, image, mask, *_), _ in losses for t in (image, mask))),
-        "first loss": flat(losses[0][1]), "losses": flat(*(loss for _, loss in losses)),
-        "memory": flat([len(one) for one in memory]),
-        "checked": flat(np.hsplit(pixels("runs/part/defects.png"), 2)[0])}  # normal, defected
+METHOD = ["--backbone resnet50", "--weights other.pt", "--stages 1", "--image-size 96",
+          "--patch-size 8", "--neighbourhood 1", "--start random", "--start random --channels 16",
+          "--memory-fraction 0.5", "--finetune-backbone", "--no-defects", "--defect-weight 0",
+          "--steps 3", "--lr 0.01", "--encoder-lr 0.01", "--seed 1"]
+OTHERS = {"--data", "--category", "--demo", "--out", "--device", "--skip-finished", "--recipe"}
 
 
-def differing(one, other):
-    """The places in which two runs differ by more than rounding."""
-    return {place for place in one if one[place].shape != other[place].shape or not torch.allclose(
-        one[place], other[place], rtol=3e-4, atol=1e-6)}
+def scores_of(option=""):
+    """Train as an option says: the Config, and the scores of the normal images."""
+    _, config = train.parse([*TINY, *option.split()])
+    images = read_images(sorted(GOOD.iterdir()), config.image_size)
+    model = patchae.build_model(config)
+    train.fit(model, images)
+    model.remember(images)
+    return dataclasses.asdict(config), model.normal_scores
 
 
-TRAINED = {"losses", "encoder", "decoder", "scores"}
-BACKBONE = {"backbone at start", "backbone", "first loss", *TRAINED}
-TRAIN_OPTIONS = {
-    "--backbone resnet50": {*BACKBONE, "encoder at start", "decoder at start"},
-    "--weights other.pt": BACKBONE,
-    "--stages 1": {*BACKBONE, "encoder at start", "decoder at start"},
-    "--image-size 96": {"images", "inputs", "checked", "memory", "first loss", *TRAINED},
-    "--patch-size 8": {"decoder at start", "memory", "first loss", *TRAINED},
-    "--neighbourhood 1": {"first loss", *TRAINED},
-    "--start random": {"encoder at start", "first loss", *TRAINED},
-    "--start random --channels 16": {"encoder at start", "decoder at start", "first loss",
-                                     *TRAINED},
-    "--memory-fraction 0.5": {"memory", "scores"},
-    "--finetune-backbone": {"backbone", *TRAINED},
-    "--no-defects": {"inputs", "first loss", *TRAINED},
-    "--defect-weight 0": {"first loss", *TRAINED},
-    "--steps 3": {"inputs", *TRAINED},
-    "--lr 0.01": TRAINED,
-    "--encoder-lr 0.01": TRAINED,
-    "--seed 1": {*BACKBONE, "decoder at start", "inputs", "checked"},
-    "--device auto": set()}
-
-
-@pytest.fixture(scope="module")
-def plain(trained, tmp_path_factory):
-    """What a run of train.py without further options consists of."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(shutil.copytree(trained, tmp_path_factory.mktemp("plain") / "copy"))
-        return train_and_look()
-
-
-@pytest.mark.parametrize("option", TRAIN_OPTIONS)
-def test_an_option_changes_what_its_help_names_and_nothing_else(workspace, plain, option):
-    """From the images to the scores; and in the Config the fields of its name, if it has any."""
-    words = option.split()
-    if "other.pt" in words:
-        other = patchae.build_model(Config(backbone="resnet18", weights="random", seed=1))
-        torch.save(other.backbone.state_dict(), "other.pt")
-    config, seen = train_and_look(*words)
-    assert differing(seen, plain[1]) == TRAIN_OPTIONS[option]
-    names = {word[2:].removeprefix("no-").replace("-", "_") for word in words if word[:2] == "--"}
-    assert {name for name in config if config[name] != plain[0][name]} == names - {"device"}
+def test_an_option_changes_its_field_and_the_scores(workspace):
+    """In the Config only the field of its name; and no option is accepted and ignored."""
+    torch.save(make_model(stages=(1, 2), seed=1).backbone.state_dict(), "other.pt")
+    plain, scores = scores_of()
+    for option in METHOD:
+        config, found = scores_of(option)
+        names = {name.replace("-", "_") for name in re.findall("--(?:no-)?([a-z-]+)", option)}
+        assert {name for name in plain if config[name] != plain[name]} == names
+        assert not torch.allclose(found, scores, rtol=1e-4), option
 
 
 def test_the_help_names_every_option_and_its_default(capsys):
-    """A default that the help names is the default: given as the option it changes nothing.
-
-    Every option stands in the table above, or is one of those that other tests use.
-    """
+    """A default that the help names is the default: given as the option it changes nothing."""
     with pytest.raises(SystemExit, match="0"):
         train.parse(["--help"])
     text = capsys.readouterr().out
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", text)[1:]]
-    defaults = {entry.split(",")[0].split()[0]: re.findall(r"\(default: ([^,;)]*)", entry)
+    defaults = {re.match("[a-z-]+", entry)[0]: re.findall(r"\(default: ([^,;)]*)", entry)
                 for entry in entries}
-    elsewhere = {"--data", "--category", "--demo", "--out", "--skip-finished", "--recipe"}
-    assert text.isascii() and {name for name in defaults if not defaults[name]} == (
-        elsewhere - {"--out", "--recipe"})
-    used = {word.replace("--no-", "--") for option in TRAIN_OPTIONS for word in option.split()}
-    assert elsewhere | used >= set(defaults)
+    used = {word.replace("--no-", "--") for option in METHOD for word in option.split()}
+    assert text.isascii() and {word for word in used if word[0] == "-"} | OTHERS == set(defaults)
     assert defaults.pop("--channels") == ["as many as the joined stages have"]
-    for name, found in defaults.items():
+    for name, (default, *_) in {name: found for name, found in defaults.items() if found}.items():
         words = {"yes": [name], "no": [name.replace("--", "--no-")]}
-        given = words.get(found[0], [name, *found[0].split()]) if found else []
-        assert train.parse(given)[1] == Config()
+        assert train.parse(words.get(default, [name, *default.split()]))[1] == Config()
+    assert {name for name in defaults if not defaults[name]} == {
+        "--data", "--category", "--demo", "--skip-finished"}
 
 
 def test_recipes():
@@ -402,33 +311,22 @@ def test_recipes():
         dataclasses.replace(demo, steps=7, finetune_backbone=False, stages=(1, 3)))
 
 
-@pytest.mark.parametrize("option, words", [
-    ("--image-size 63", "from 64 to 2048"), ("--image-size 100", "multiple of 32"),
-    ("--patch-size 12", "--image-size 64"), ("--patch-size 3", "from 4 to 32"),
-    ("--neighbourhood 2", "1, 3, 5, 7, 9"), ("--stages 0 2", "1, 2, 3, 4"), ("--lr 2", "from 0"),
-    ("--lr nan", "from 0 to 1"), ("--encoder-lr -1", "from 0 to 1"), ("--steps -1", "from 0"),
-    ("--steps many", "invalid int value: 'many'"), ("--backbone vgg", "wide_resnet50_2"),
-    ("--memory-fraction 2", "from 0 to 1"), ("--defect-weight 1.1", "from 0 to 1"),
-    ("--seed -1", "from 0"), ("--channels 0", "from 1"), ("--device tpu", "mps"),
-    ("--recipe metal", "textures"), ("--none", "--help"), ("--start zero", "identity"),
-    ("--weights x.pth", "state-dict file"), ("--device cuda", "--device auto")])
-def test_options_out_of_range_are_refused_by_name(workspace, monkeypatch, capsys, option, words):
-    """Before anything is computed; what is there stays as it is."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "fit", Mock(side_effect=AssertionError("trained")))
-    before = contents()
-    fails(capsys, train.main, [*OPTIONS, *TINY, *option.split()], option.split()[0], words)
-    assert contents() == before
-
-
-def test_several_categories(workspace, capsys):
-    """One that fails leaves the others, in the order asked for, and the exit code is 2. `all` means
-    all; each is trained once."""
-    for name in ("second", "third"):
-        shutil.copytree("data/part", Path("data", name))
-    Path("data/second/train/good/000.png").write_bytes(b"text")
-    argv = [*OPTIONS, *TINY, "--steps", "0", "--out", "new", "--category"]
-    fails(capsys, train.main, [*argv, "third", "second", "part/", "third"], "second/train/good/000")
-    assert sorted(os.listdir("new")) == ["part", "third"]
-    assert train.main([*argv, "all"]) == 2
-    assert re.findall(r"(\w+): wrote", capsys.readouterr().out) == ["part", "third"]
+def test_skip_finished(workspace, monkeypatch, capsys):
+    """The same images and Config: left as it is. Another option, another image, a damaged or absent
+    checkpoint: trained anew."""
+    argv, trained, before = [*OPTIONS, *TINY, "--skip-finished"], Mock(), CHECKPOINT.read_bytes()
+    monkeypatch.setattr(train, "fit", trained)
+    there = PatchAE.load(CHECKPOINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchAE, "load", lambda path: there)  # once is enough
+        for option in METHOD:
+            _, config = train.parse([*argv, *option.split()])
+            assert not train.is_finished(CHECKPOINT, config, there.images)
+    assert train.main(argv) == 0 and not trained.called and CHECKPOINT.read_bytes() == before
+    assert "part: runs/part has these images and options" in capsys.readouterr().out
+    for change in (lambda: CHECKPOINT.write_bytes(before[:-9]), CHECKPOINT.unlink,
+                   lambda: shutil.copy(TEST / "good/000.png", GOOD / "one_more.png"),
+                   lambda: shutil.copy(TEST / "good/001.png", GOOD / "one_more.png")):
+        change()
+        trained.reset_mock()
+        assert train.main(argv) == train.main(argv) == 0 and trained.call_count == 1
