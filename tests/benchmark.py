@@ -1,7 +1,6 @@
 """How fast and how large: training and scoring beside their floor. By hand, not by pytest.
 
     python tests/benchmark.py [--backbone NAME ...] [--device NAME] [--images N ...]
-    python tests/benchmark.py --predict 500 2000
 
 The floor of training is the bare backbone forward. The floor of scoring is that forward plus one
 torch.mm of the image's vectors with the vectors of each normal image. Both are timed in turn with
@@ -12,14 +11,11 @@ import argparse
 import contextlib
 import ctypes
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import patchae  # noqa: E402
@@ -106,27 +102,6 @@ def scoring(model, images):
     return lambda: model.anomaly_maps(images), floor
 
 
-def prediction(count):
-    """Peak MiB of predicting a folder of `count` JPEGs of 512 x 512 pixels, in a new process."""
-    with tempfile.TemporaryDirectory() as folder:
-        photographs = Path(folder, "photographs")
-        for place, number in ((Path(folder, "data/part/train/good"), 2), (photographs, count)):
-            place.mkdir(parents=True)
-            for n in range(number):
-                Image.effect_noise((512, 512), 50).save(place / f"{n:05d}.jpg")
-        common = ["--category", "part", "--out", str(Path(folder, "runs")), "--device", "cpu"]
-        options = "--backbone resnet18 --weights random --image-size 64 --patch-size 8 --steps 1"
-        scripts = Path(__file__).parent.parent
-        for script, argv in (("train.py", ["--data", str(Path(folder, "data")), *options.split()]),
-                             ("evaluate.py", ["--predict", str(photographs)])):
-            code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
-                    "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-                    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
-            done = subprocess.run([sys.executable, "-c", code, scripts / script, *common, *argv],
-                                  capture_output=True, text=True, cwd=scripts, check=True)
-        return int(done.stdout.split()[-1])
-
-
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -136,13 +111,7 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50, 200],
                         help="normal images in the memory (default: 10 50 200)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--predict", type=int, nargs="*", default=[],
-                        help="only: peak memory of predicting folders with so many photographs")
     args = parser.parse_args()
-    for count in args.predict:
-        print(f"predicting {count} photographs: peak {prediction(count)} MiB", flush=True)
-    if args.predict:
-        return
     device = patchae.choose_device(args.device)
     print(f"{'':44} {'ms/image':>9} {'floor':>9} {'ratio':>6} {'peak MiB':>9}")
     for name in args.backbone:

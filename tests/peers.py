@@ -4,7 +4,6 @@
     ENV/bin/pip install torch torchvision anomalib==2.7.0 scikit-learn
     OMP_NUM_THREADS=1 ENV/bin/python tests/peers.py --data ROOT --category NAME ... [--weights FILE]
     ENV/bin/python tests/peers.py ... --ours OUT    and the difference to OUT/NAME/trained
-    ENV/bin/python tests/peers.py --time 10 50
 
 Needs an environment of its own, because anomalib brings many packages. Embedding, image score,
 anomaly map and smoothing are anomalib's; images, weights and metrics are ours. Each image is
@@ -18,8 +17,6 @@ Prints a Markdown table: image AUROC / pixel AUROC / AUPRO in per cent, by the c
 at the network's size; after a comma the seconds for each image, from the image to its map. --ours
 adds our image AUROC minus the peer's, in points, and its 95 % interval: both are computed again
 and again for test images that are drawn with replacement, the same for both (paired bootstrap).
---time prints how long PatchCore's search, the same in blocks, and ours take for one image on one
-thread, each with the same vectors.
 """
 import argparse
 import csv
@@ -48,12 +45,8 @@ SEED = 0                  # PaDiM draws the channels that it keeps
 MOST_DIFFERENCE = 1e-4    # of features, in parts of the largest: what rounding may do
 CHECK_SIZE = 64           # pixels of the random image whose features are compared
 CHECKED = (400, 2 * BLOCK + 5, 16)  # queries, vectors, length; the last block is smaller than k
-GRID = 32                 # of --time: our default, patches in a row and in a column
-CHANNELS = 448            # of --time: our default with ResNet-18
-REPEATS = 5               # of --time
 RESAMPLED = 2000          # of --ours: sets of test images
 INTERVAL = (0.025, 0.975)
-DISTANCE = 1e-3           # two searches may differ by so much, in rounding
 
 
 class PatchcoreInBlocks(PatchcoreModel):
@@ -167,30 +160,6 @@ def compare(folder, peer):
     return f"{difference(np.arange(len(names))):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-@torch.inference_mode()
-def time_search(images):
-    """Print the median seconds of the three searches of one image's vectors, timed in turn."""
-    model = PatchcoreInBlocks()
-    P = GRID**2
-    model.memory_bank = torch.rand(images * P, CHANNELS)
-    queries = torch.rand(P, CHANNELS)
-    r = queries.T.reshape(1, CHANNELS, GRID, GRID)
-    memory = model.memory_bank.split(P)
-    searches = (lambda: PatchcoreModel.nearest_neighbors(model, queries, 1)[0],
-                lambda: model.nearest_neighbors(queries, 1)[0],
-                lambda: patchae.nearest_distance(r, memory).flatten())
-    rounds = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        rounds.append([])
-        for search in searches:
-            begin = time.perf_counter()
-            found = search()
-            rounds[-1].append(time.perf_counter() - begin)
-            torch.testing.assert_close(found, searches[-1](), rtol=DISTANCE, atol=DISTANCE)
-    own, blocks, ours = (statistics.median(column) for column in zip(*rounds[1:]))
-    print(f"| {images} | {images * P} | {own:.3f} | {blocks:.3f} | {ours:.3f} |", flush=True)
-
-
 def main(argv=None):
     """Print the table that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -203,17 +172,8 @@ def main(argv=None):
     add("--image-size", type=int, default=256, metavar="PIXELS",
         help="side to which images are resized (default: 256, as anomalib's)")
     add("--ours", type=Path, metavar="OUT", help="our results, to be compared with")
-    add("--time", type=int, nargs="+", metavar="N", help="only: time of the search among the "
-        "vectors of so many normal images, one thread")
     args = parser.parse_args(argv)
     check_search()
-    if args.time:
-        torch.set_num_threads(1)
-        print(f"| normal images | vectors of length {CHANNELS} | PatchCore's search, s | "
-              "in blocks, s | ours, s |\n|---|---|---|---|---|")
-        for images in args.time:
-            time_search(images)
-        return
     _, names = choose_categories(args.data, args.category)
     print(f"| image / pixel AUROC / AUPRO, s/image | {' | '.join(names)} |")
     print("|---" * (len(names) + 1) + "|")
