@@ -98,18 +98,18 @@ def prepare(name, model, method, quantile):
         model.remember(images, names, progress)
     elif not model.memory:
         model.build_memory(progress)
+    maps_of, scores = model.anomaly_maps, model.normal_scores
+    n = len(scores)
+    # the k-th smallest of n independent scores leaves a share of 1 − k / (n + 1) above it
+    above = 1 - (quantile * (n - 1) + 1) / (n + 1)
+    note = f"if they are independent, expect {above:.1%} false alarms"
     if method == "reconstruction":
         maps_of = partial(error_maps, model)
         scores = patchae.image_score(error_maps(model, model.images, progress))
-        print(f"{name}: training saw these images, so their reconstruction error is too low, and "
-              "the threshold, too")
-    else:
-        maps_of, scores = model.anomaly_maps, model.normal_scores
-    n, threshold = len(scores), torch.quantile(scores, quantile).item()
-    # the k-th smallest of n independent scores leaves a share of 1 − k / (n + 1) above it
-    above = 1 - (quantile * (n - 1) + 1) / (n + 1)
+        note = "training saw them, so their error, and the threshold, is too low"
+    threshold = torch.quantile(scores, quantile).item()
     print(f"{name} {method}: threshold {threshold:.4f}, the {quantile:g} quantile of the scores of "
-          f"{n} normal images; if they are independent, expect {above:.1%} false alarms")
+          f"{len(scores)} normal images; {note}")
     return model, maps_of, threshold
 
 

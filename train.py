@@ -16,8 +16,7 @@ from torchvision.utils import save_image
 
 import patchae
 from data.images import choose_categories, read_normal_images
-from patchae import (RECIPES, Config, PatchAE, UserError, exit_code, number, progress,
-                     write_table)
+from patchae import RECIPES, Config, UserError, exit_code, number, progress, write_table
 
 REPORTS = 10     # our choice: lines of the log
 PREVIEWS = 6     # our choice: rows of defects.png, as many as fit on a screen
@@ -30,9 +29,6 @@ CHECK_SEED = 2**31  # added to the seed, so that the new defects are not those o
 def parse(argv=None):
     """The command line: (args, the Config that its recipe and options make)."""
     parser = patchae.make_parser(__doc__)
-    parser.add_argument("--skip-finished", action="store_true", help="leave out a category whose "
-                        "checkpoint has the same images and options (of --weights FILE only the "
-                        "name is compared)")
     parser.add_argument("--recipe", choices=RECIPES, help="defaults of all options below: parts, "
                         "textures (fine ones such as paper or felt), or demo (default: parts, with "
                         "--demo demo)")
@@ -194,30 +190,18 @@ class Log:
 
 
 # ---- a category, whole --------------------------------------------------------------------------
-def is_finished(checkpoint, config, images):
-    """Was this checkpoint made from the same images and options?"""
-    try:
-        model = PatchAE.load(checkpoint)
-    except UserError:  # absent or damaged
-        return False
-    return model.config == config and torch.equal(model.images, images)
-
-
 def train_category(name, args, config, device):
     """Train on DATA/NAME/train/good and write the results to OUT/NAME."""
     folder = args.out / name
     paths, images = read_normal_images(args.data / name, config.image_size, progress)
     print(f"{name}: {len(images)} normal images")
-    if args.skip_finished and is_finished(folder / "checkpoint.pt", config, images):
-        print(f"{name}: {folder} has these images and options, left as it is")
-        return
     folder.mkdir(parents=True, exist_ok=True)
     model = patchae.build_model(config, device)
     log = Log(model, images, folder)
     vectors = len(images) * model.grid**2 * config.memory_fraction
-    size = vectors * model.encoder.W2.out_channels * 4 / 2**30  # numbers of 4 bytes
+    size = vectors * model.encoder.W2.out_channels * 4 / 2**20  # numbers of 4 bytes
     print(f"{name}: backbone {config.backbone}, weights {config.weights}; the memory M will take "
-          f"{size:.2f} GiB")
+          f"{size:.0f} MiB")
     fit(model, images, log)
     log.draw()
     model.remember(images, [path.name for path in paths], progress)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import patchae  # noqa: E402
 import train  # noqa: E402
 
+assert train.CHECKED == 24  # as docs/cost.md says
 train.CHECKED = train.PREVIEWS  # to save time
 OPTIONS = "--data data --out runs --category part --device cpu".split()  # of both scripts
 TINY = ("--backbone resnet18 --weights random --image-size 64 --patch-size 4 --stages 1 2 "

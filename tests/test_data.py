@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE, ROOT, contents, pixels, save
+from conftest import NOISE, ROOT, contents, pixels, save, watch
 from PIL import Image, JpegImagePlugin
 
 import evaluate
@@ -69,7 +69,8 @@ def test_which_files_are_images(tmp_path, capsys):
         ".a.png", "._a.png", "~$a.png", ".thumbs", "@eaDir", "#recycle", "$RECYCLE.BIN", "a.txt",
         "png", "b.heic", "runs", "to"} and ("camera.png" in said) == hasattr(os, "mkfifo")
     assert line.startswith(f"{root}: skipped {len(said)} files and folders: ")
-    assert images.name_some([Path(f"{n:02}.png") for n in range(21)]).endswith("18.png, 19.png, ...")
+    many = [Path(f"{n:02}.png") for n in range(21)]
+    assert images.name_some(many).endswith("18.png, 19.png, ...")
     with pytest.raises(UserError, match="no images there; expected .png"):
         images.list_images(root / "runs")
 
@@ -135,57 +136,41 @@ def test_every_8_bit_image_becomes_the_rgb_that_one_sees(tmp_path, mode, colour,
     assert pixels.shape == (8, 8, 3) and abs(pixels - seen).max() <= 1
 
 
-STORED = {  # EXIF orientation: how the camera stores what one sees
-    1: lambda seen: seen, 2: lambda seen: seen[:, ::-1], 3: lambda seen: seen[::-1, ::-1],
-    4: lambda seen: seen[::-1], 5: lambda seen: seen.swapaxes(0, 1),
-    6: lambda seen: np.rot90(seen, 1), 7: lambda seen: seen[::-1, ::-1].swapaxes(0, 1),
-    8: lambda seen: np.rot90(seen, -1)}
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of the end that is missing
-@pytest.mark.parametrize("orientation", STORED)
-def test_a_cameras_orientation_is_undone(tmp_path, orientation):
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken EXIF data
+def test_a_cameras_orientation_is_undone(tmp_path):
     """In every format that has it; a mask may have it, too. Other EXIF data may be broken: here a
-    second entry, x_resolution as a negative rational."""
-    seen = np.random.default_rng(0).integers(0, 2, (32, 64, 1)).repeat(3, axis=2)
-    seen = (255 * seen).astype(np.uint8)
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](seen)))
-    small = np.array(Image.fromarray(seen[..., 0]).resize((64, 64), Image.NEAREST)) > 0
-    entry = struct.pack(">HHIHxx", 0x0112, 3, 1, orientation)
+    second entry, x_resolution as a negative rational, which Pillow cannot write as TIFF."""
+    seen = 255 * np.random.default_rng(0).integers(0, 2, (32, 64, 1)).repeat(3, axis=2)
+    stored = np.rot90(seen).copy()
+    small = np.array(Image.fromarray(seen[..., 0] > 0).resize((64, 64), Image.NEAREST))
+    entry = struct.pack(">HHIHxx", 0x0112, 3, 1, 6)  # orientation 6: turned by a quarter
     sound = b"MM\0*\0\0\0\x08\0\x01" + entry + bytes(4)
     broken = (b"MM\0*\0\0\0\x08\0\x02" + entry + struct.pack(">HHII", 0x011A, 10, 1, 38) + bytes(4)
               + struct.pack(">ii", -72, 1))
-    for exif, form in itertools.product((sound, broken), ("png", "jpg", "webp", "tif")):
-        if (exif, form) == (broken, "tif"):  # Pillow cannot write it
-            continue
+    for form, exif in (*itertools.product(("png", "jpg", "webp"), (sound, broken)), ("tif", sound)):
         path = tmp_path / f"turned.{form}"
-        stored.save(path, quality=100, subsampling=0, lossless=True,
-                    exif=b"Exif\0\0" * (form != "png") + exif)
+        save(stored, path, quality=100, subsampling=0, lossless=True,
+             exif=b"Exif\0\0" * (form != "png") + exif)
         assert abs(np.array(images.read_image(path), dtype=float) - seen).max() <= 2
         if form in ("png", "tif"):
             assert np.array_equal(images.read_mask([path], (64, 32), 64), small)
 
 
-def deep_png(kind, channels):
-    """A PNG of 16 × 16 pixels with 16 bits a channel, by hand; Pillow cannot write all of them."""
-    def chunk(name, content):
-        return (struct.pack(">I", len(content)) + name + content
-                + struct.pack(">I", zlib.crc32(name + content)))
-
-    header = struct.pack(">IIBBBBB", 16, 16, 16, kind, 0, 0, 0)
-    lines = zlib.compress((b"\0" + bytes(range(32)) * channels) * 16)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines)
-            + chunk(b"IEND", b""))
+def deep_png():
+    """A PNG of 16 × 16 pixels, RGB of 16 bits each, by hand: Pillow cannot write it."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),
+                       (b"IDAT", zlib.compress(bytes(16 * (1 + 16 * 6)))), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    return content
 
 
-@pytest.mark.parametrize("content", [
-    deep_png(0, 1), deep_png(2, 3), deep_png(4, 2), deep_png(6, 4), Image.new("I;16", (16, 16)),
-    Image.new("F", (16, 16)), Image.new("I", (16, 16))],
-    ids=["grey.png", "rgb.png", "la.png", "rgba.png", "I;16", "F", "I"])
-def test_more_than_8_bits_are_refused(tmp_path, content):
-    """Read as 8 bits they would lose detail; also those that Pillow shortens without a word."""
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "I", "F"])
+def test_more_than_8_bits_are_refused(tmp_path, mode):
+    """Read as 8 bits they would lose detail; Pillow shortens RGB without a word."""
     path = tmp_path / "deep.tif"  # Pillow looks at the content, not at the suffix
-    path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    path.write_bytes(deep_png()) if mode == "RGB" else Image.new(mode, (16, 16)).save(path)
     assert Image.open(path).size == (16, 16)
     with pytest.raises(UserError, match=f"{re.escape(str(path))}: .*scale .* to 8 bits"):
         images.read_image(path)
@@ -224,8 +209,10 @@ def test_all_bad_files_are_named(tmp_path, monkeypatch):
     """At once, or the first of many. The others come in their order, however many threads read."""
     for n in range(12):
         Image.new("RGB", (8, 8 * 4**(n < 3)), (n, n, n)).save(tmp_path / f"{n:02}.png")
-    paths = images.list_images(tmp_path)
+    paths, pools = images.list_images(tmp_path), watch(monkeypatch, images, "ThreadPoolExecutor")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert images.read_images(paths, 8)[:, 0, 0, 0].tolist() == list(range(12))
+    assert [arguments for arguments, _ in pools] == [(8,)]  # of 64 threads
     for path in paths[:3]:
         path.write_bytes(b"text")
     with pytest.raises(UserError, match="00.png.*01.png.*02.png: not a usable image [^;]*; repair"):
@@ -347,10 +334,10 @@ def test_the_toy_set_is_the_one_of_the_published_numbers(tmp_path, monkeypatch):
     for path, content in files.items():
         if "good" in path or "ground" in path:
             assert content == files.get(path.replace("_faint", ""), content)
-    for seed in (0, 1):
-        make_toy.draw_category(tmp_path / "again", "felt", seed)
+    for name, seed in (("felt", 0), ("flange", 1)):
+        make_toy.draw_category(tmp_path / "again", name, seed)
         assert all(((tmp_path / "again" / path).read_bytes() == content) == (seed == 0)
-                   for path, content in files.items() if path.startswith("felt"))
+                   for path, content in files.items() if path.startswith(name))
 
 
 def test_the_options_of_the_toy_set(tmp_path, monkeypatch, capsys):

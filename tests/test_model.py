@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, distances, draw_images, make_model, seed_all, watch
+from conftest import ROOT, distances, draw_images, make_model, random_states, seed_all, watch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -312,8 +312,10 @@ def test_what_was_interrupted_is_built_anew(model, learned):
     model.anomaly_maps(learned.images)
     assert len(model.memory) == 5
     model.remember(learned.images, "abcdef")
+    states = random_states()
     with pytest.raises(KeyboardInterrupt):
         train.fit(model, learned.images, Mock(side_effect=KeyboardInterrupt))
+    assert random_states() == states
     assert not any(map(len, (model.images, model.names, model.memory, model.normal_scores)))
 
 
@@ -381,8 +383,10 @@ def test_a_saved_model_scores_as_before(model, learned, tmp_path, monkeypatch):
     """
     model.config = dataclasses.replace(model.config, memory_fraction=0.3, seed=7,
                                        weights=Path("gone.pth"))
-    model.remember(learned.images, [Path(f"{letter}.png") for letter in "abüdef"])
+    images = learned.images.repeat(100, 1, 1, 1)[:6]  # of 7 MB
+    model.remember(images, [Path(f"{letter}.png") for letter in "abüdef"])
     model.save(tmp_path / "part.pt")
+    assert (tmp_path / "part.pt").stat().st_size < 4e6
     loads = Mock(side_effect=torch.load)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", loads)
@@ -461,7 +465,8 @@ def test_the_device(monkeypatch, capsys, there, asked, chosen):
     for name in ("allow_tf32", "deterministic"):  # whatever it was before
         monkeypatch.setattr(torch.backends.cudnn, name, name == "allow_tf32")
     assert patchae.choose_device(asked) == torch.device(chosen)
-    assert capsys.readouterr().out.startswith(f"device: {chosen} (")
+    assert capsys.readouterr().out == (
+        f"device: {chosen} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}\n")
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
 
 
