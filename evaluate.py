@@ -106,7 +106,7 @@ def prepare(name, model, method, quantile):
     if method == "reconstruction":
         maps_of = partial(error_maps, model)
         scores = patchae.image_score(error_maps(model, model.images, progress))
-        note = "training saw them, so their error, and the threshold, is too low"
+        note = "training saw them: their error is too low, and so is the threshold"
     threshold = torch.quantile(scores, quantile).item()
     print(f"{name} {method}: threshold {threshold:.4f}, the {quantile:g} quantile of the scores of "
           f"{len(scores)} normal images; {note}")

@@ -256,7 +256,7 @@ def test_an_evaluation_by_another_route(workspace, monkeypatch, capsys, method):
     assert list(found.values()) == ["part", "test", method, *map(str, metrics), str(6 / 8),
                                     found["threshold"], "0", "resnet18", "random"]
     lines, alarms = out.splitlines(), oracle.scores > threshold
-    note = ("training saw them, so their error, and the threshold, is too low"
+    note = ("training saw them: their error is too low, and so is the threshold"
             if method == "reconstruction" else "if they are independent, expect 21.4% false alarms")
     assert lines[-7:-3] == [
         f"part {method}: threshold {float(found['threshold']):.4f}, the 0.9 quantile of the scores "
