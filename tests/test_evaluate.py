@@ -155,7 +155,7 @@ def check_sheet(path, lines, oracle, shown, threshold, masks=None):
     for row, (n, (title,)) in enumerate(zip(shown, titles)):
         cells = sheet[44 + 188 * row:204 + 188 * row, 4:].reshape(160, 7, 164, 3)[:, :, :160]
         cells = cells.swapaxes(0, 1)
-        path, anomaly_map = oracle.paths[n], oracle.maps[n]
+        photo, anomaly_map = oracle.paths[n], oracle.maps[n]
         worst, place = framed_place(cells[0], 16), framed_place(cells[6], 16)
         assert worst == divmod(anomaly_map.argmax(), 16)
         number = np.argmin([abs(np.array(Image.open(one).resize((160, 160)), dtype=float)
@@ -165,16 +165,16 @@ def check_sheet(path, lines, oracle, shown, threshold, masks=None):
         file, score, distance, name = re.fullmatch(
             r"(.*): score (\S+); its worst patch is at distance (\S+) from normal (.*)",
             title).groups()
-        assert file == f"{path.absolute().parent.name}/{path.name}"
+        assert file == f"{photo.absolute().parent.name}/{photo.name}"
         assert name == oracle.normal[number].name
         assert [float(score), float(distance)] == pytest.approx(
             [oracle.scores[n], apart.min()], rel=0.01, abs=0.02)
-        image, normal = pixels(path, (64, 64)), pixels(oracle.normal[number])
-        drawn = patchae.unpatchify(oracle.model(as_images([path])), 4)[0].clamp(0, 1)
+        image, normal = pixels(photo, (64, 64)), pixels(oracle.normal[number])
+        drawn = patchae.unpatchify(oracle.model(as_images([photo])), 4)[0].clamp(0, 1)
         drawn = 255 * drawn.permute(1, 2, 0).numpy()
         mask = np.full((64, 64, 3), 255.) if masks is None else masks[n]
         expected = [(image, worst), (mask, None),
-                    (heatmap_of(path, anomaly_map, threshold, (64, 64)), None),
+                    (heatmap_of(photo, anomaly_map, threshold, (64, 64)), None),
                     around(image, worst), around(drawn, worst), around(normal, place),
                     (normal, place)]
         for cell, (picture, spot) in zip(cells, expected):
