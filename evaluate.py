@@ -98,15 +98,16 @@ def prepare(name, model, method, quantile):
         model.remember(images, names, progress)
     elif not model.memory:
         model.build_memory(progress)
-    maps_of, scores = model.anomaly_maps, model.normal_scores
-    n = len(scores)
-    # the k-th smallest of n independent scores leaves a share of 1 − k / (n + 1) above it
-    above = 1 - (quantile * (n - 1) + 1) / (n + 1)
-    note = f"if they are independent, expect {above:.1%} false alarms"
     if method == "reconstruction":
         maps_of = partial(error_maps, model)
         scores = patchae.image_score(error_maps(model, model.images, progress))
         note = "training saw them: their error is too low, and so is the threshold"
+    else:
+        maps_of, scores = model.anomaly_maps, model.normal_scores
+        n = len(scores)
+        # the k-th smallest of n independent scores leaves a share of 1 − k / (n + 1) above it
+        above = 1 - (quantile * (n - 1) + 1) / (n + 1)
+        note = f"if they are independent, expect {above:.1%} false alarms"
     threshold = torch.quantile(scores, quantile).item()
     print(f"{name} {method}: threshold {threshold:.4f}, the {quantile:g} quantile of the scores of "
           f"{len(scores)} normal images; {note}")

@@ -432,8 +432,7 @@ BAD_OPTIONS = [(train, *one) for one in (
     ("--recipe metal", "textures"), ("--none", "--help"), ("--weights x.pth", "state-dict file"),
     ("--device cuda", "--device auto"), ("--data data/part", "folder above NAME"),
     ("--data no", "--data no: no NAME/train/good"),
-    ("--category part nix", "--category nix: not there; data has part"),
-    ("--out data/part/train/good/000.png", f"{GOOD / '000.png'}"))] + [
+    ("--category part nix", "--category nix: not there; data has part"))] + [
     (evaluate, *one) for one in (
         ("--quantile 1.01", "--quantile: must be from 0 to 1"), ("--quantile nan", "from 0 to 1"),
         ("--method no", "raw"), ("--predict", "--predict"), ("--to x", "belongs to --predict"),
@@ -462,8 +461,10 @@ def test_bad_input_is_refused_by_name(workspace, monkeypatch, capsys):
     monkeypatch.setattr(train, "fit", Mock(side_effect=AssertionError("trained")))
     options, before = {train: [*OPTIONS, *TINY], evaluate: OPTIONS}, contents()
     for script, argv, words in BAD_OPTIONS:
-        named = argv.split()[0] if script is train and "--out" not in argv else ""
+        named = argv.split()[0] if script is train else ""
         fails(capsys, script.main, [*options[script], *argv.split()], named, words)
+    file = GOOD / "000.png"  # where a folder should be
+    fails(capsys, train.main, [*options[train], "--out", file], file)
     for script, argv, words in ((train, "", "--data ROOT"), (train, "--data x", "--category NAME"),
                                 (evaluate, "--predict data", "--category NAME")):
         fails(capsys, script.main, argv.split(), f"{words} is missing")

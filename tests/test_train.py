@@ -38,9 +38,9 @@ def run(*argv):
     assert train.main([*OPTIONS, *TINY, *argv]) == 0
 
 
-def checkpoint(path=CHECKPOINT):
-    """What a checkpoint holds."""
-    return torch.load(path, weights_only=True)
+def checkpoint():
+    """What the checkpoint holds."""
+    return torch.load(CHECKPOINT, weights_only=True)
 
 
 # ---- fit ----------------------------------------------------------------------------------------
